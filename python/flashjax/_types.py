@@ -1,0 +1,28 @@
+"""The static half of a call."""
+
+import dataclasses
+
+import jax
+
+Arrays = dict[str, jax.Array]  # slot name -> array; an absent argument has no key
+
+
+@dataclasses.dataclass(frozen=True)
+class Attrs:
+    """Scalar attributes: the Python half of csrc/attention/attrs.def, and the implementation asked for.
+
+    Fields are exactly int, float and bool, so that equal calls share one compiled program.
+    """
+
+    scale: float
+    softcap: float = 0.0
+    window_left: int = -1  # keys before the diagonal that a query sees; -1: all
+    window_right: int = -1  # keys after it; -1: all; causal is 0
+    top_left: bool = False
+    deterministic: bool = False
+    num_splits: int = 0
+    implementation: str | None = None  # "cpu", "cuda", "reference"; None: the best for the platform. Never sent
+
+    @property
+    def is_masked(self) -> bool:
+        return self.window_left >= 0 or self.window_right >= 0
