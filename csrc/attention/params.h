@@ -25,6 +25,8 @@ struct Problem {
   DType dtype = DType::kF32;       // q k v out dout dq dk dv
   DType bias_dtype = DType::kF32;  // dtype or f32
 
+// Filled from the call, all of them; what each means is said in attrs.def. -1 is "no bound" where that is meant, so a
+// Problem made by hand sets window_* and max_seqlen_* itself.
 #define ATTR(name, type) type name = {};
 #include "attrs.def"
 #undef ATTR

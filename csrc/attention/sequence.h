@@ -38,6 +38,8 @@ FLASHJAX_HD Sequence sequence(const Problem& p, int64_t b, int64_t i) {
     z.k_begin = clamp(cu[0], 0, p.t);
     z.k_len = clamp(cu[1], z.k_begin, p.t) - z.k_begin;
   }
+  if (p.max_seqlen_q >= 0) z.q_len = imin(z.q_len, p.max_seqlen_q);
+  if (p.max_seqlen_k >= 0) z.k_len = imin(z.k_len, p.max_seqlen_k);
   if (p.seqused_q) z.q_len = clamp(p.seqused_q[b * p.n + i], 0, z.q_len);
   if (p.seqused_k) z.k_len = clamp(p.seqused_k[b * p.n + i], 0, z.k_len);
   if (p.leftpad) {

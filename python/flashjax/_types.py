@@ -19,10 +19,8 @@ class Attrs:
     window_left: int = -1  # keys before the diagonal that a query sees; -1: all
     window_right: int = -1  # keys after it; -1: all; causal is 0
     top_left: bool = False
+    max_seqlen_q: int = -1  # queries of a sequence past this many are outside it; -1: no bound
+    max_seqlen_k: int = -1
     deterministic: bool = False
     num_splits: int = 0
     implementation: str | None = None  # "cpu", "cuda", "reference"; None: the best for the platform. Never sent
-
-    @property
-    def is_masked(self) -> bool:
-        return self.window_left >= 0 or self.window_right >= 0
