@@ -80,7 +80,7 @@ def attention(arrays: Arrays, attrs: Attrs) -> tuple[jax.Array, jax.Array]:
 
         def split(x):
             x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-            return jnp.moveaxis(x.reshape(b if x.shape[0] == b else x.shape[0], count, size, *x.shape[2:]), 1, 0)
+            return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
 
         out, lse = jax.lax.map(chunk, jax.tree.map(split, per_query))
         out = jnp.moveaxis(out, 0, 1).reshape(b, count * size, h, v.shape[-1])[:, :s]

@@ -1,0 +1,372 @@
+"""The public functions: signatures, defaults, documentation, and the way to the one operation beneath."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from flashjax import _cache, _derivatives
+from flashjax._checks import Checker, drop_absent
+
+# Jitted, since an FFI call outside a compiled program costs a hundred times what it does inside.
+_attention = jax.jit(_derivatives.attention, static_argnames="attrs")
+
+
+def flash_mha(
+    q,
+    k,
+    v,
+    softmax_scale=None,
+    is_causal=False,
+    window_size=(-1, -1),
+    *,
+    softcap=0.0,
+    bias=None,
+    alibi_slopes=None,
+    sinks=None,
+    segment_ids=None,
+    causal_alignment="bottom_right",
+    return_lse=False,
+    deterministic=False,
+    implementation=None,
+):
+    """Multi-head attention, softmax(scale * q k^T) v, in memory that grows with s + t.
+
+    Args:
+      q: queries (b, s, h, d), float32, bfloat16 or float16.
+      k: keys (b, t, g, d); h is a multiple of g, and query head i reads key head i // (h // g).
+      v: values (b, t, g, e).
+      softmax_scale: factor of the scores; d ** -0.5 by default.
+      is_causal: a query sees no key after its own position.
+      window_size: (left, right), how many keys before and after its own position a query sees; -1 or None: all.
+      softcap: if positive, scores become softcap * tanh(score / softcap).
+      bias: added to the (capped) scores, broadcastable to (b, h, s, t), each dimension 1 or full; -inf masks.
+      alibi_slopes: (h,) or (b, h); slope * distance is subtracted from the scores.
+      sinks: (h,); exp(sink) is added to the softmax's denominator.
+      segment_ids: int32 (b, s), or a pair ((b, s), (b, t)); a query sees keys of its own segment only.
+      causal_alignment: where s != t, "bottom_right" puts the last query on the last key, "top_left" the first on the
+        first. It places windows and alibi's distances too.
+      return_lse: also return the log-sum-exp of the scores, float32 (b, h, s), differentiable.
+      deterministic: the backward adds in a fixed order, bitwise repeatable.
+      implementation: "cpu", "cuda" or "reference" to insist on one; by default the best for the platform.
+
+    Returns:
+      out (b, s, h, e) in the dtype of q, or (out, lse). A query that sees no key gives 0, and -inf as lse.
+
+    Example:
+      >>> import jax, flashjax
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 16, 4, 8))
+      >>> flashjax.flash_mha(q, k, v, is_causal=True).shape
+      (2, 16, 4, 8)
+    """
+    check = Checker("flash_mha")
+    q, k, v = check.operands(q, k, v, "b s h d", "b t g d", "b t g e")
+    extent = {letter: check.extent[letter] for letter in "bhst"}
+    bias = check.bias(bias, extent, q.dtype)
+    attrs = check.attrs(
+        q.shape[-1],
+        softmax_scale,
+        is_causal,
+        window_size,
+        softcap,
+        causal_alignment,
+        implementation,
+        deterministic=check.static_bool("deterministic", deterministic),
+    )
+    arrays = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "bias": None if bias is None else bias[:, None],
+        "alibi_slopes": check.per_head("alibi_slopes", alibi_slopes, batched=True),
+        "sinks": check.per_head("sinks", sinks, batched=False),
+        **check.segments(segment_ids, "b s", "b t"),
+    }
+    return_lse = check.static_bool("return_lse", return_lse)
+    out, lse = _attention(drop_absent(arrays), attrs=attrs)
+    return (out, lse) if return_lse else out
+
+
+def flash_mha_varlen(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    softmax_scale=None,
+    is_causal=False,
+    window_size=(-1, -1),
+    *,
+    seqused_q=None,
+    seqused_k=None,
+    softcap=0.0,
+    bias=None,
+    alibi_slopes=None,
+    sinks=None,
+    segment_ids=None,
+    causal_alignment="bottom_right",
+    return_lse=False,
+    deterministic=False,
+    implementation=None,
+):
+    """Attention within each of n sequences of different lengths, packed one after the other.
+
+    Args:
+      q: queries (s, h, d), where s is the total length.
+      k: keys (t, g, d).
+      v: values (t, g, e).
+      cu_seqlens_q: int32 (n+1,), never decreasing; sequence i is rows cu_seqlens_q[i] to cu_seqlens_q[i+1] of q.
+      cu_seqlens_k: likewise for k and v; cu_seqlens_q by default.
+      max_seqlen_q: the longest query sequence, if you know it; a promise, checked on the CPU. Elsewhere what lies past
+        it counts as outside the sequence.
+      max_seqlen_k: likewise for keys.
+      seqused_q: int32 (n,), how many queries of each sequence are valid; all by default.
+      seqused_k: int32 (n,), how many keys are.
+      bias: broadcastable to (n, h, max_seqlen_q, max_seqlen_k), indexed by positions within a sequence.
+      alibi_slopes: (h,).
+      segment_ids: int32 (s,), or a pair ((s,), (t,)).
+      softmax_scale, is_causal, window_size, softcap, sinks, causal_alignment, return_lse, deterministic,
+      implementation: as for `flash_mha`, for each sequence by itself.
+
+    Returns:
+      out (s, h, e), or (out, lse) with lse (h, s). Rows outside every sequence are 0, and -inf in lse.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flashjax
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 16, 4, 8))
+      >>> cu_seqlens = jnp.array([0, 5, 5, 16], jnp.int32)  # lengths 5, 0 and 11
+      >>> flashjax.flash_mha_varlen(q, k, v, cu_seqlens, is_causal=True).shape
+      (16, 4, 8)
+    """
+    check = Checker("flash_mha_varlen")
+    q, k, v = check.operands(q, k, v, "s h d", "t g d", "t g e")
+    cu_seqlens_q = check.integers("cu_seqlens_q", cu_seqlens_q, "n+1")
+    if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
+        check.fail("cu_seqlens_k", "given, since q and k have different total lengths", "None")
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else check.integers("cu_seqlens_k", cu_seqlens_k, "n+1")
+    longest = {
+        name: None if x is None else check.static_int(name, x)
+        for name, x in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k))
+    }
+    extent = {"n": check.extent["n"], "h": check.extent["h"], **longest}
+    bias = check.bias(bias, extent, q.dtype)
+    attrs = check.attrs(
+        q.shape[-1],
+        softmax_scale,
+        is_causal,
+        window_size,
+        softcap,
+        causal_alignment,
+        implementation,
+        deterministic=check.static_bool("deterministic", deterministic),
+        **{name: -1 if x is None else x for name, x in longest.items()},
+    )
+    arrays = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "bias": bias,
+        "segment_ids_q": None,
+        "segment_ids_k": None,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqused_q": None if seqused_q is None else check.integers("seqused_q", seqused_q, "n"),
+        "seqused_k": None if seqused_k is None else check.integers("seqused_k", seqused_k, "n"),
+        **check.segments(segment_ids, "s", "t"),
+    }
+    arrays = {name: x[None] for name, x in drop_absent(arrays).items()}  # one row of n sequences
+    arrays |= drop_absent(
+        {
+            "alibi_slopes": check.per_head("alibi_slopes", alibi_slopes, batched=False),
+            "sinks": check.per_head("sinks", sinks, batched=False),
+        }
+    )
+    return_lse = check.static_bool("return_lse", return_lse)
+    out, lse = _attention(arrays, attrs=attrs)
+    return (out[0], lse[0]) if return_lse else out[0]
+
+
+def flash_mha_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    page_table=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    softmax_scale=None,
+    is_causal=False,
+    window_size=(-1, -1),
+    num_splits=0,
+    return_softmax_lse=False,
+    *,
+    rotary_interleaved=True,
+    update_cache=False,
+    softcap=0.0,
+    bias=None,
+    alibi_slopes=None,
+    sinks=None,
+    causal_alignment="bottom_right",
+    implementation=None,
+):
+    """Attention of a few new queries to a cache of keys and values, to which new ones may be appended first.
+
+    Args:
+      q: queries (b, s, h, d).
+      k_cache: keys (b, t, g, d); (c, t, g, d) with `cache_batch_idx`; (pages, page size, g, d) with `page_table`.
+      v_cache: values, likewise, of dimension e.
+      k: new keys (b, new, g, d), put into the cache at positions cache_seqlens, cache_seqlens + 1, ...
+      v: new values (b, new, g, e).
+      cache_seqlens: int or int32 (b,), how many keys the cache holds before the append, left padding included; its
+        whole capacity by default.
+      cache_batch_idx: int32 (b,), the cache entry that each row of q uses.
+      cache_leftpad: int32 (b,), how many keys at the front of the cache to skip.
+      page_table: int32 (b, p), the pages that make up each row's cache, in order. Any page size will do.
+      rotary_cos: (positions, r / 2), r <= d: rotates the first r features of the new keys at their cache positions, and
+        of the queries (at cache_seqlens + i if causal or windowed, else all at cache_seqlens).
+      rotary_sin: likewise.
+      num_splits: into how many parts the keys are split; 0 lets the kernel choose.
+      return_softmax_lse: also return the log-sum-exp, float32 (b, h, s).
+      rotary_interleaved: rotate features (0, 1), (2, 3), ...; else (0, r/2), (1, r/2 + 1), ...
+      update_cache: also return the caches with the new keys and values. They are written in place where the caches
+        are donated (or carried by a loop), on a copy otherwise; the arrays that you passed never change.
+      bias: broadcastable to (b, h, s, capacity).
+      softmax_scale, is_causal, window_size, softcap, alibi_slopes, sinks, causal_alignment, implementation: as for
+        `flash_mha`, over the cache_seqlens + new keys.
+
+    Returns:
+      out (b, s, h, e), followed by lse if `return_softmax_lse`, followed by k_cache and v_cache if `update_cache`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flashjax
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 1, 4, 8))
+      >>> cache = jnp.zeros((2, 32, 4, 8))
+      >>> out, k_cache, v_cache = flashjax.flash_mha_with_kvcache(
+      ...     q, cache, cache, k, v, cache_seqlens=0, update_cache=True
+      ... )
+      >>> out.shape, k_cache.shape
+      ((2, 1, 4, 8), (2, 32, 4, 8))
+    """
+    check = Checker("flash_mha_with_kvcache")
+    if cache_batch_idx is not None and page_table is not None:
+        check.fail("cache_batch_idx", "absent where `page_table` says which pages to use", cache_batch_idx)
+    indirect = cache_batch_idx is not None or page_table is not None
+    cache_dims = "c t" if indirect else "b t"
+    names = ("q", "k_cache", "v_cache")
+    q, k_cache, v_cache = check.operands(
+        q, k_cache, v_cache, "b s h d", f"{cache_dims} g d", f"{cache_dims} g e", names
+    )
+    b = q.shape[0]
+    if page_table is not None:
+        page_table = check.integers("page_table", page_table, "b p")
+        capacity = page_table.shape[1] * k_cache.shape[1]
+    else:
+        capacity = k_cache.shape[1]
+    if cache_batch_idx is not None:
+        cache_batch_idx = check.integers("cache_batch_idx", cache_batch_idx, "b")
+    if cache_leftpad is not None:
+        cache_leftpad = check.integers("cache_leftpad", cache_leftpad, "b")
+
+    if (k is None) != (v is None):
+        check.fail("v" if v is None else "k", "given together with the other", "None")
+    if k is not None:
+        k = check.array("k", k, "b new g d", (q.dtype.name,))
+        v = check.array("v", v, "b new g e", (q.dtype.name,))
+        if cache_seqlens is None:
+            check.fail("cache_seqlens", "given with `k`: it says where the new keys go", "None")
+        if k.shape[1] > capacity:
+            check.fail("k", f"of at most {capacity} new keys, the capacity of the cache", k)
+    elif update_cache:
+        check.fail("update_cache", "False without new keys `k` and `v`", update_cache)
+    if cache_seqlens is None:
+        seqlens = jnp.full((b,), capacity, jnp.int32)
+    elif isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
+        new = 0 if k is None else k.shape[1]
+        if not 0 <= cache_seqlens <= capacity - new:
+            check.fail("cache_seqlens", f"in [0, {capacity - new}], what the cache can hold", cache_seqlens)
+        seqlens = jnp.full((b,), cache_seqlens, jnp.int32)
+    elif getattr(cache_seqlens, "shape", None) == ():
+        seqlens = jnp.broadcast_to(check.integers("cache_seqlens", cache_seqlens, ""), (b,))
+    else:
+        seqlens = check.integers("cache_seqlens", cache_seqlens, "b")
+
+    if (rotary_cos is None) != (rotary_sin is None):
+        missing = "rotary_cos" if rotary_cos is None else "rotary_sin"
+        check.fail(missing, "given together with the other", "None")
+    rotary_interleaved = check.static_bool("rotary_interleaved", rotary_interleaved)
+    if rotary_cos is not None:
+        if k is None:
+            check.fail("rotary_cos", "absent without new keys `k`: there is nothing to rotate them against", rotary_cos)
+        rotary_cos = check.array("rotary_cos", rotary_cos, "positions half", _FLOATS)
+        rotary_sin = check.array("rotary_sin", rotary_sin, "positions half", _FLOATS)
+        if 2 * rotary_cos.shape[1] > q.shape[-1] or not rotary_cos.shape[0]:
+            check.fail("rotary_cos", f"(positions, r / 2) with positions > 0 and r <= d = {q.shape[-1]}", rotary_cos)
+
+    bias = check.bias(bias, {"b": b, "h": q.shape[2], "s": q.shape[1], "t": capacity}, q.dtype)
+    attrs = check.attrs(
+        q.shape[-1],
+        softmax_scale,
+        is_causal,
+        window_size,
+        softcap,
+        causal_alignment,
+        implementation,
+        num_splits=check.static_int("num_splits", num_splits),
+    )
+    out, lse, k_cache, v_cache = _cached_attention(
+        drop_absent({"k": k, "v": v, "cos": rotary_cos, "sin": rotary_sin}),
+        drop_absent(
+            {
+                "q": q,
+                "k": k_cache,
+                "v": v_cache,
+                "bias": None if bias is None else bias[:, None],
+                "alibi_slopes": check.per_head("alibi_slopes", alibi_slopes, batched=True),
+                "sinks": check.per_head("sinks", sinks, batched=False),
+                "seqused_k": seqlens[:, None],
+                "leftpad": cache_leftpad,
+                "batch_idx": cache_batch_idx,
+                "page_table": page_table,
+            }
+        ),
+        attrs=attrs,
+        rotary_interleaved=rotary_interleaved,
+        update_cache=check.static_bool("update_cache", update_cache),
+    )
+    lse = (lse,) if check.static_bool("return_softmax_lse", return_softmax_lse) else ()
+    caches = (k_cache, v_cache) if update_cache else ()
+    return (out, *lse, *caches) if lse or caches else out
+
+
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+@functools.partial(jax.jit, static_argnames=("attrs", "rotary_interleaved", "update_cache"))
+def _cached_attention(new, arrays, attrs, rotary_interleaved, update_cache):
+    """Rotate, append, attend. The caches come back only if asked for, so that nothing is kept alive for nothing."""
+    if "k" in new:
+        seqlens = arrays["seqused_k"][:, 0]
+        at = _cache.positions(seqlens, new["k"].shape[1])
+        if "cos" in new:
+            rotate = functools.partial(_cache.rotate, cos=new["cos"], sin=new["sin"], interleaved=rotary_interleaved)
+            new = new | {"k": rotate(new["k"], at=at)}
+            ordered = attrs.window_left >= 0 or attrs.window_right >= 0
+            at_q = _cache.positions(seqlens, arrays["q"].shape[1])
+            arrays = arrays | {
+                "q": rotate(arrays["q"], at=at_q if ordered else jnp.broadcast_to(at_q[:, :1], at_q.shape))
+            }
+        where = {name: arrays[name] for name in ("batch_idx", "page_table") if name in arrays}
+        arrays = arrays | {
+            "k": _cache.append(arrays["k"], new["k"], at, **where),
+            "v": _cache.append(arrays["v"], new["v"], at, **where),
+            "seqused_k": arrays["seqused_k"] + new["k"].shape[1],
+        }
+    out, lse = _derivatives.attention(arrays, attrs)
+    caches = (arrays["k"], arrays["v"]) if update_cache else (None, None)
+    return out, lse, *caches
