@@ -6,10 +6,12 @@ Every message reads ``function: `argument` must be what was expected; got what c
 import math
 import numbers
 from collections.abc import Sequence
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from flashjax._types import Attrs
 
@@ -31,7 +33,7 @@ class Checker:
         self.function = function
         self.extent: dict[str, int] = {}
 
-    def fail(self, name: str, expected: str, got, error=ValueError, hint: str = ""):
+    def fail(self, name: str, expected: str, got, error: type[Exception] = ValueError, hint: str = "") -> NoReturn:
         got = got if isinstance(got, str) else describe(got)
         raise error(f"{self.function}: `{name}` must be {expected}; got {got}" + (f". {hint}" if hint else ""))
 
@@ -40,27 +42,27 @@ class Checker:
     def static_bool(self, name, x) -> bool:
         if isinstance(x, (bool, np.bool_)):
             return bool(x)
-        return self.fail(name, "a bool known when the program is traced", x, TypeError)
+        self.fail(name, "a bool known when the program is traced", x, TypeError)
 
     def static_float(self, name, x, hint: str = "") -> float:
-        if isinstance(x, jax.core.Tracer):
-            return self.fail(name, "a number known when the program is traced", "a traced value", TypeError, hint)
+        if isinstance(x, Tracer):
+            self.fail(name, "a number known when the program is traced", "a traced value", TypeError, hint)
         if isinstance(x, (bool, np.bool_)) or not (isinstance(x, numbers.Real) or getattr(x, "shape", None) == ()):
-            return self.fail(name, "a real number", x, TypeError)
+            self.fail(name, "a real number", x, TypeError)
         if not math.isfinite(float(x)):
-            return self.fail(name, "finite", x)
+            self.fail(name, "finite", x)
         return float(x)
 
     def static_int(self, name, x, at_least: int = 0) -> int:
-        if isinstance(x, jax.core.Tracer):
-            return self.fail(name, "an int known when the program is traced", "a traced value", TypeError)
+        if isinstance(x, Tracer):
+            self.fail(name, "an int known when the program is traced", "a traced value", TypeError)
         if isinstance(x, (bool, np.bool_)) or not (
             isinstance(x, numbers.Integral)
             or (getattr(x, "shape", None) == () and jnp.issubdtype(x.dtype, jnp.integer))
         ):
-            return self.fail(name, "an int", x, TypeError)
+            self.fail(name, "an int", x, TypeError)
         if not at_least <= int(x) < 2**31:
-            return self.fail(name, f"at least {at_least}" if int(x) < at_least else "less than 2**31", x)
+            self.fail(name, f"at least {at_least}" if int(x) < at_least else "less than 2**31", x)
         return int(x)
 
     def scale(self, x, d: int) -> float:
@@ -101,22 +103,22 @@ class Checker:
     def array(self, name, x, dims: str, dtypes: Sequence[str] = (), why: str = ""):
         """`x` as a jax array whose dimensions are `dims`: letters bound so far, or new ones, or `n+1`."""
         if isinstance(x, (bool, int, float, list, tuple, str)) or x is None:
-            return self.fail(name, f"an array ({self._show(dims)})", x, TypeError)
+            self.fail(name, f"an array ({self._show(dims)})", x, TypeError)
         try:
             x = jnp.asarray(x)
         except TypeError:
-            return self.fail(name, f"an array ({self._show(dims)})", x, TypeError)
+            self.fail(name, f"an array ({self._show(dims)})", x, TypeError)
         expected = f"{' or '.join(dtypes)} ({self._show(dims)})" if dtypes else f"({self._show(dims)})"
         if dtypes and x.dtype.name not in dtypes:
-            return self.fail(name, expected, x, TypeError, why)
+            self.fail(name, expected, x, TypeError, why)
         letters = dims.split()
         if x.ndim != len(letters):
-            return self.fail(name, expected, x, ValueError, why)
+            self.fail(name, expected, x, ValueError, why)
         for letter, extent in zip(letters, x.shape, strict=True):
             plus = letter.endswith("+1")
             key = letter[:-2] if plus else letter
             if self.extent.setdefault(key, extent - plus) != extent - plus or extent - plus < 0:
-                return self.fail(name, expected + self._bound(letters), x, ValueError, why)
+                self.fail(name, expected + self._bound(letters), x, ValueError, why)
         return x
 
     def _show(self, dims: str) -> str:
@@ -150,7 +152,7 @@ class Checker:
         if isinstance(x, (tuple, list)) and len(x) == 2:
             ids_q, ids_k = x
         elif isinstance(x, (tuple, list)):
-            return self.fail("segment_ids", f"one int32 array or a pair (({q_dims}), ({k_dims}))", x, TypeError)
+            self.fail("segment_ids", f"one int32 array or a pair (({q_dims}), ({k_dims}))", x, TypeError)
         else:
             ids_q = ids_k = x
         ids_q = self.integers("segment_ids", ids_q, q_dims)
@@ -163,17 +165,17 @@ class Checker:
         shape = f"({', '.join(full)})"
         expected = f"a floating point array broadcastable to {shape} = {tuple(full.values())}"
         if not hasattr(x, "shape"):
-            return self.fail("bias", expected, x, TypeError)
+            self.fail("bias", expected, x, TypeError)
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             hint = "For a boolean mask, pass jnp.where(mask, 0.0, -jnp.inf)" if x.dtype == bool else ""
-            return self.fail("bias", expected, x, TypeError, hint)
+            self.fail("bias", expected, x, TypeError, hint)
         if x.ndim > 4:
-            return self.fail("bias", expected, x)
+            self.fail("bias", expected, x)
         extents = tuple(full.values())
         for extent, want in zip(x.shape[::-1], extents[::-1], strict=False):
             if extent != 1 and want is not None and extent != want:
-                return self.fail("bias", expected, x)
+                self.fail("bias", expected, x)
         if x.dtype != operand_dtype:
             x = x.astype(jnp.float32)
         return x.reshape((1,) * (4 - x.ndim) + x.shape)
