@@ -5,7 +5,7 @@ Every message reads ``function: `argument` must be what was expected; got what c
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import jax
@@ -158,7 +158,7 @@ class Checker:
         ids_q = self.integers("segment_ids", ids_q, q_dims)
         return {"segment_ids_q": ids_q, "segment_ids_k": self.integers("segment_ids", ids_k, k_dims)}
 
-    def bias(self, x, full: dict[str, int | None], operand_dtype):
+    def bias(self, x, full: Mapping[str, int | None], operand_dtype):
         """A bias broadcastable to `full` (4 letters -> extent; None: any), returned with all 4 dimensions."""
         if x is None:
             return None

@@ -22,7 +22,7 @@ def extension(platform: str):
 
 
 def why_not(implementation: str, direction: str, arrays, attrs: Attrs, platform: str) -> str | None:
-    """Why an implementation cannot serve a call on a platform; None if it can. `arrays`: slot -> anything with a shape."""
+    """Why an implementation cannot serve a call on a platform; None if it can. `arrays`: slot -> shape and dtype."""
     if implementation == "reference":
         return None
     if implementation != platform:
