@@ -1,0 +1,49 @@
+"""Eight CPU devices, the implementations under test, and one seed for each test."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import zlib
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile(
+    "flashjax", deadline=None, derandomize=True, max_examples=12, database=None, print_blob=False
+)
+hypothesis.settings.load_profile("flashjax")
+
+ON_GPU = jax.default_backend() == "gpu"
+IMPLEMENTATIONS = ("cuda",) if ON_GPU else ("cpu", "reference")
+
+
+def pytest_generate_tests(metafunc):
+    """`implementation`: every one that this machine can run; `compiled`: those that are not the reference."""
+    for fixture, names in (
+        ("implementation", IMPLEMENTATIONS),
+        ("compiled", tuple(name for name in IMPLEMENTATIONS if name != "reference")),
+    ):
+        if fixture in metafunc.fixturenames:
+            marks = {"cuda": (pytest.mark.cuda,)}
+            metafunc.parametrize(fixture, [pytest.param(name, marks=marks.get(name, ())) for name in names])
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item):
+    """A CUDA kernel may decline a call; then the case is skipped, with its reason. Nothing else may decline."""
+    outcome = yield
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    if outcome.excinfo is not None and outcome.excinfo[0] is NotImplementedError and "cuda" in parameters.values():
+        try:
+            pytest.skip(str(outcome.excinfo[1]))
+        except pytest.skip.Exception as skip:
+            outcome.force_exception(skip)
+
+
+@pytest.fixture
+def random(request) -> np.random.Generator:
+    """A generator that depends on the test's id and on nothing else."""
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))

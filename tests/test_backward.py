@@ -1,0 +1,105 @@
+"""Every gradient of every dense and packed case, by every implementation, against the oracle.
+
+The cotangents of out and lse are NaN in rows that see nothing: nothing of them may reach a gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oracle
+from cases import BY_ID, CASES, cotangents
+from harness import differentiated, to_device
+
+TRAINED = [pytest.param(case, id=case.id) for case in CASES if case.layout != "cached"]
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_backward(case, implementation):
+    inputs = case.build()
+    arrays = to_device(inputs.arrays)
+    dout_dlse = cotangents(case, inputs, oracle.run(case, inputs).lse)
+    call = differentiated(case, inputs, implementation, deterministic=True)
+    (out, _), grads = call(arrays, dout_dlse)
+    expected = oracle.run(case, inputs, dout_dlse)
+    naive = oracle.run(case, inputs, dout_dlse, naive=True)
+    oracle.compare("out", out, expected.out, naive.out, expected.logit)
+    assert grads.keys() == expected.grads.keys()
+    for name, grad in grads.items():
+        assert grad.dtype == arrays[name].dtype
+        oracle.compare(f"gradient of {name}", grad, expected.grads[name], naive.grads[name], expected.logit)
+
+    again = call(arrays, dout_dlse)[1]
+    for name in grads:
+        np.testing.assert_array_equal(np.asarray(again[name]), np.asarray(grads[name]), f"{name} is not repeatable")
+
+
+@pytest.mark.parametrize("name", ["causal-float32", "heads-8-2-bfloat16", "packed-causal-float32", "window-long-k"])
+def test_deterministic_is_the_same_function(name, implementation):
+    """`deterministic=False` may add in another order and nothing more."""
+    case = BY_ID[name]
+    inputs = case.build()
+    arrays = to_device(inputs.arrays)
+    dout_dlse = cotangents(case, inputs, oracle.run(case, inputs).lse)
+    _, grads = differentiated(case, inputs, implementation)(arrays, dout_dlse)
+    expected, naive = (oracle.run(case, inputs, dout_dlse, naive=x) for x in (False, True))
+    for key, grad in grads.items():
+        oracle.compare(f"gradient of {key}", grad, expected.grads[key], naive.grads[key], expected.logit)
+
+
+def test_lse_alone(implementation):
+    """A loss of the lse alone (z-loss): the cotangent of out is a symbolic zero."""
+    case = BY_ID["sinks-causal-bfloat16"]
+    inputs = case.build()
+    arrays = to_device(inputs.arrays)
+    import flashjax
+
+    def loss(q, k, v, sinks):
+        _, lse = flashjax.flash_mha(
+            q, k, v, sinks=sinks, return_lse=True, implementation=implementation, **inputs.options
+        )
+        return (lse**2).sum()
+
+    names = ("q", "k", "v", "sinks")
+    grads = jax.jit(jax.grad(loss, argnums=range(4)))(*(arrays[name] for name in names))
+    lse = oracle.run(case, inputs).lse
+    zero = np.zeros((*inputs.arrays["q"].shape[:3], case.v_dim))
+    expected, naive = (oracle.run(case, inputs, (zero, 2 * lse), naive=x) for x in (False, True))
+    for name, grad in zip(names, grads, strict=True):
+        oracle.compare(name, grad, expected.grads[name], naive.grads[name], expected.logit)
+
+
+def test_out_alone(implementation):
+    """A loss of out alone, the usual one, of a call that returns no lse."""
+    case = BY_ID["causal-float32"]
+    inputs = case.build()
+    arrays = to_device(inputs.arrays)
+    import flashjax
+
+    dout, _ = cotangents(case, inputs, oracle.run(case, inputs).lse)
+    _, vjp = jax.vjp(
+        lambda q, k, v: flashjax.flash_mha(q, k, v, implementation=implementation, **inputs.options),
+        *(arrays[name] for name in "qkv"),
+    )
+    grads = vjp(jnp.asarray(dout))
+    zero = np.zeros((case.b, case.h, case.s))
+    expected, naive = (oracle.run(case, inputs, (dout, zero), naive=x) for x in (False, True))
+    for name, grad in zip("qkv", grads, strict=True):
+        oracle.compare(name, grad, expected.grads[name], naive.grads[name], expected.logit)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_gradient_per_row(position, compiled):
+    """The gradients of one row of a batch do not depend on its neighbours, and land on that row."""
+    case = BY_ID["heads-8-2"]
+    inputs = case.build()
+    arrays = to_device(inputs.arrays)
+    dout, dlse = cotangents(case, inputs, oracle.run(case, inputs).lse)
+    call = differentiated(case, inputs, compiled, deterministic=True)
+    _, whole = call(arrays, (dout, dlse))
+    keep = np.arange(case.b) == position
+    _, one = call(arrays, (dout * keep[:, None, None, None].astype(dout.dtype), dlse * keep[:, None, None]))
+    for name in "qkv":
+        np.testing.assert_array_equal(np.asarray(one[name])[position], np.asarray(whole[name])[position])
+        assert not np.asarray(one[name])[1 - position].any()
