@@ -1,0 +1,76 @@
+# On a machine with Python 3.11 or later, g++ and make: `make demo` and `make test` set up .venv and do the rest.
+PYTHON ?= python3
+VENV ?= .venv
+TEST_ARGS ?=
+BENCH_ARGS ?=
+# Where an NVIDIA driver answers, JAX comes with CUDA. `make demo ACCELERATOR=` to have none.
+ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda13)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q
+EXTRA = $(shell $(BIN)/python -c "import sys, tomllib; \
+  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+  print(*(f\"'{package}'\" for extra in sys.argv[1:] for package in extras[extra]))" $(1))
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f 2>/dev/null)
+CPP_TESTS := build/cpp/flashjax_cpp_tests
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: help demo test cpp-test lint format bench-cpu bench-memory cuda-ci clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
+
+demo: $(VENV)/demo ## train a small language model with flashjax, then generate from a KV cache; a curve in out/
+	$(BIN)/python examples/train_lm.py --out out
+
+test: $(VENV)/test cpp-test ## all tests, Python and C++
+	$(BIN)/python -m pytest -q -n 2 $(TEST_ARGS)
+
+cpp-test: $(VENV)/test ## the C++ unit tests
+	$(BIN)/cmake -S tests/cpp -B build/cpp -G "Unix Makefiles" >build/cpp.log || { cat build/cpp.log; exit 1; }
+	$(BIN)/cmake --build build/cpp
+	$(CPP_TESTS)
+
+lint: $(VENV)/lint ## formatting, lint, types and what README says
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/basedpyright
+	$(BIN)/python -m bench.readme --check
+
+format: $(VENV)/lint ## rewrite what `make lint` would complain about
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+	$(BIN)/python -m bench.readme
+
+bench-cpu: $(VENV)/bench-cpu ## the CPU benchmark, to out/bench-cpu.json
+	$(BIN)/python -m bench.run --suite cpu --out out/bench-cpu.json $(BENCH_ARGS)
+	$(BIN)/python -m bench.report out/bench-cpu.json --plots out
+
+bench-memory: $(VENV)/core ## peak memory against sequence length, to out/memory-cpu.json
+	$(BIN)/python -m bench.memory --out out/memory-cpu.json
+
+clean: ## remove what was built; $(VENV) too
+	rm -rf build dist out $(VENV)
+
+# Stamps: one for the environment, one for the build, one for each set of extra packages.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/core: $(BIN)/python $(SOURCES)
+	$(PIP) -e '.$(if $(ACCELERATOR),[$(ACCELERATOR)])'
+	@touch $@
+
+$(VENV)/demo $(VENV)/bench-cpu: $(VENV)/%: $(VENV)/core
+	$(PIP) $(call EXTRA,$*)
+	@touch $@
+
+$(VENV)/test: $(VENV)/core
+	$(PIP) cmake $(call EXTRA,test)
+	@mkdir -p build
+	@touch $@
+
+$(VENV)/lint: $(VENV)/core
+	$(PIP) $(call EXTRA,lint)
+	@touch $@

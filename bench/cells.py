@@ -1,0 +1,129 @@
+"""The problems that are timed, by suite. Plain data: no framework is imported here.
+
+Letters as everywhere: b batch, s query length, t key length, h query heads, g key/value heads, d q/k dim, e v dim.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    mode: str  # "fwd", "bwd": one attention call; "chain": 64 calls in one program; "decode": KV cache
+    b: int
+    s: int
+    t: int
+    h: int
+    g: int
+    d: int
+    e: int
+    mask: str = "full"  # "full", "causal", "window", "segments"
+    dtype: str = "bfloat16"
+    window: int = -1  # keys before its own that a query sees (mask "window", which is causal too)
+    lengths: tuple[int, ...] = ()  # packed sequences in one row (b = 1, s = t = sum), or documents by segment ids
+    packed: bool = False  # lengths by cu_seqlens
+    page: int = 0  # page size of a paged cache; 0: contiguous
+
+    @property
+    def id(self) -> str:
+        heads = f"{self.h}" if self.h == self.g else f"{self.h}/{self.g}"
+        dims = f"{self.d}" if self.d == self.e else f"{self.d}/{self.e}"
+        lengths = f"{self.s}" if self.s == self.t else f"{self.s}x{self.t}"
+        extra = [self.mask] if self.mask != "window" else [f"window{self.window}"]
+        if self.lengths:
+            longest, n = max(self.lengths), len(self.lengths)
+            extra += [f"{'packed' if self.packed else 'documents'}{n}x{longest}"]
+        if self.page:
+            extra += [f"page{self.page}"]
+        return "-".join([self.mode, self.dtype, f"b{self.b}", f"s{lengths}", f"h{heads}", f"d{dims}", *extra])
+
+    def pairs(self) -> float:
+        """Query-key pairs that the mask leaves, per head and batch entry, as the published counts have it.
+
+        Causal counts half of s * t (also where the exact number is slightly more), a window what it leaves.
+        """
+        if self.lengths:
+            full = float(sum(length**2 for length in self.lengths))
+            return full / 2 if self.mask in ("causal", "segments") else full
+        if self.mask == "window":
+            rows = np.arange(self.s)
+            return float(np.minimum(rows, self.window).sum() + self.s)
+        if self.mask == "causal" and self.s == self.t:
+            return self.s * self.t / 2
+        if self.mask == "causal":  # a few queries at the end of a long cache
+            return self.s * self.t - self.s * (self.s - 1) / 2
+        return float(self.s * self.t)
+
+    def flops(self) -> float:
+        """Of the two products forward, five backward: 2 (d + e) and 2 (3 d + 2 e) a pair. With d = e, 4 d and 10 d."""
+        per_pair = 2 * (3 * self.d + 2 * self.e) if self.mode == "bwd" else 2 * (self.d + self.e)
+        return per_pair * self.b * self.h * self.pairs()
+
+    def cache_bytes(self) -> int:
+        """What decoding must read: every key and value once."""
+        return self.b * self.t * self.g * (self.d + self.e) * (4 if self.dtype == "float32" else 2)
+
+
+def _square(mode, b, s, h, d, mask, g=None, e=None, **more):
+    return Cell(mode, b, s, s, h, g or h, d, e or d, mask, **more)
+
+
+def _train(shapes, masks=("full", "causal"), **more):
+    return [
+        _square(mode, *shape, mask, *rest, **more)
+        for mode in ("fwd", "bwd")
+        for mask in masks
+        for *shape, rest in shapes
+    ]
+
+
+def _packed(mode, lengths):
+    total = sum(lengths)
+    return Cell(mode, 1, total, total, 16, 16, 128, 128, "causal", lengths=tuple(lengths), packed=True)
+
+
+_SKEWED = (16384, 8192, 4096, 2048, 1024, *(128,) * 8)  # 32,768 tokens
+
+SUITES: dict[str, list[Cell]] = {
+    "cpu": [
+        _square(mode, 1, 4096, 8, d, mask, dtype=dtype)
+        for mode in ("fwd", "bwd")
+        for dtype in ("float32", "bfloat16")
+        for d in (64, 128)
+        for mask in ("full", "causal")
+    ],
+    "h200-train": _train(
+        [(b, s, 16, 128, ()) for b, s in ((32, 512), (16, 1024), (4, 4096), (2, 8192), (1, 16384))]
+        + [(2, 8192, 32, 128, (8,))]
+        + [(4, 4096, 32, 64, ()), (1, 16384, 32, 64, ()), (4, 4096, 8, 256, ())]
+    ),
+    "h200-masks": _train([(1, 16384, 16, 128, ())], ("window",), window=1024)
+    + [
+        _square(mode, 1, 16384, 16, 128, "segments", lengths=lengths)
+        for mode in ("fwd", "bwd")
+        for lengths in ((1024,) * 16, (8192, 4096, 2048, 1024, *(128,) * 8))
+    ],
+    "h200-dispatch": [_square("chain", 1, 128, 1, 128, "full")],
+    "h200-packed": [
+        _packed(mode, lengths) for mode in ("fwd", "bwd") for lengths in ((2048,) * 16, _SKEWED, (128,) * 256)
+    ],
+    "h200-decode": [
+        *(
+            Cell("decode", b, 1, t, 32, 8, 128, 128)
+            for b, t in ((64, 16384), (64, 4096), (128, 2048), (16, 8192), (1, 131072), (1, 32768))
+        ),
+        Cell("decode", 32, 1, 8192, 64, 8, 64, 64),
+        Cell("decode", 16, 1, 8192, 32, 32, 128, 128),
+        *(Cell("decode", b, 4, t, 32, 8, 128, 128, "causal") for b, t in ((64, 16384), (16, 8192), (1, 32768))),
+        *(Cell("decode", 64, 1, 16384, 32, 8, 128, 128, page=page) for page in (16, 64, 128, 256)),
+        Cell("decode", 4, 512, 16384, 32, 8, 128, 128, "causal"),  # chunked prefill
+    ],
+    "h200-mla": [
+        *_train([(4, 4096, 16, 192, (None, 128))], ("causal",)),
+        Cell("decode", 32, 1, 8192, 128, 1, 576, 512),
+    ],
+    "smoke": [
+        _square(mode, 1, 256, 4, 64, "causal", dtype="float32", g=2) for mode in ("fwd", "bwd")
+    ] + [Cell("decode", 2, 1, 256, 4, 2, 64, 64, dtype="float32")],
+}  # fmt: skip

@@ -1,0 +1,311 @@
+"""The implementations that are compared: one class each, and the table IMPLS.
+
+An implementation says in `prepare(cell)` how it computes a cell, as a function of n that enqueues n calls and blocks; it
+raises NotImplementedError for what it does not have. A package that is not installed is reported as absent.
+
+The backward is the pull-back alone, given what the forward saved: jax.vjp's function, jitted by itself, or
+torch.autograd.grad on a kept graph.
+"""
+
+import dataclasses
+import functools
+import importlib
+import os
+
+import numpy as np
+
+from bench.cells import Cell
+
+CHAIN = 64  # calls in one program in mode "chain"
+
+
+@functools.lru_cache(maxsize=8)
+def _normal(shape, seed):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def _extents(cell):
+    return {
+        "q": (cell.b, cell.s, cell.h, cell.d),
+        "k": (cell.b, cell.t, cell.g, cell.d),
+        "v": (cell.b, cell.t, cell.g, cell.e),
+        "dout": (cell.b, cell.s, cell.h, cell.e),
+    }
+
+
+def _cu_seqlens(cell):
+    return np.concatenate(([0], np.cumsum(cell.lengths))).astype(np.int32)
+
+
+class Jax:
+    """What is written in JAX: subclasses give the function of (q, k, v) for a cell."""
+
+    package = "jax"
+
+    def load(self):
+        self.module = importlib.import_module(self.package)
+
+    def function(self, cell: Cell):
+        """(f, more): out = f(q, k, v, *more), with arrays `more` that get no gradient."""
+        raise NotImplementedError(f"no function for mode {cell.mode}")
+
+    def decode(self, cell: Cell):
+        """(f, arrays): out = f(*arrays)."""
+        raise NotImplementedError("no KV cache")
+
+    @staticmethod
+    def inputs(cell, names="q k v"):
+        import jax
+        import jax.numpy as jnp
+
+        def make(seed, shape):
+            if jax.default_backend() == "cpu":  # the same values as torch has
+                return jnp.asarray(_normal(shape, seed), cell.dtype)
+            return jax.jit(lambda: jax.random.normal(jax.random.key(seed), shape, cell.dtype))()
+
+        shapes = _extents(cell)
+        return [make(seed, shapes[name]) for seed, name in enumerate(names.split())]
+
+    def prepare(self, cell):
+        import jax
+
+        if cell.mode == "decode":
+            f, arrays = self.decode(cell)
+            call = functools.partial(jax.jit(f), *arrays)
+        elif cell.mode == "chain":
+            f, more = self.function(dataclasses.replace(cell, mode="fwd"))
+            q, k, v = self.inputs(cell)
+
+            def chain(q, k, v, *more):
+                for _ in range(CHAIN):
+                    q = f(q, k, v, *more)
+                return q
+
+            call = functools.partial(jax.jit(chain), q, k, v, *more)
+        else:
+            f, more = self.function(cell)
+            q, k, v, dout = self.inputs(cell, "q k v dout")
+            if cell.packed:
+                dout = dout[0]
+                q, k, v = q[0], k[0], v[0]
+            if cell.mode == "fwd":
+                call = functools.partial(jax.jit(f), q, k, v, *more)
+            else:
+                _, pull = jax.jit(lambda q, k, v, *more: jax.vjp(lambda *qkv: f(*qkv, *more), q, k, v))(q, k, v, *more)
+                call = functools.partial(jax.jit(lambda pull, dout: pull(dout)), pull, dout)
+
+        def run(n):
+            for _ in range(n):
+                out = call()
+            jax.block_until_ready(out)
+
+        return run
+
+
+class Flashjax(Jax):
+    package = "flashjax"
+
+    def function(self, cell):
+        options = {"is_causal": cell.mask == "causal"}
+        if cell.mask == "window":
+            options |= {"is_causal": True, "window_size": (cell.window, 0)}
+        if cell.packed:
+            import jax.numpy as jnp
+
+            longest = max(cell.lengths)
+            return (
+                lambda q, k, v, cu: self.module.flash_mha_varlen(q, k, v, cu, None, longest, longest, **options),
+                [jnp.asarray(_cu_seqlens(cell))],
+            )
+        if cell.mask == "segments":
+            import jax.numpy as jnp
+
+            ids = jnp.asarray(np.repeat(np.arange(len(cell.lengths)), cell.lengths)[None].astype(np.int32))
+            return lambda q, k, v, ids: self.module.flash_mha(q, k, v, segment_ids=ids, is_causal=True), [ids]
+        return lambda q, k, v: self.module.flash_mha(q, k, v, **options), []
+
+    def decode(self, cell):
+        import jax.numpy as jnp
+
+        q, k, v = self.inputs(cell)
+        more = {"cache_seqlens": jnp.full((cell.b,), cell.t, jnp.int32)}
+        if cell.page:
+            pages = cell.t // cell.page
+            table = np.random.default_rng(0).permutation(cell.b * pages).reshape(cell.b, pages)
+            more["page_table"] = jnp.asarray(table.astype(np.int32))
+            k, v = (x.reshape(cell.b * pages, cell.page, *x.shape[2:]) for x in (k, v))
+        causal = cell.mask == "causal"
+        return (
+            lambda q, k, v, more: self.module.flash_mha_with_kvcache(q, k, v, is_causal=causal, **more),
+            [q, k, v, more],
+        )
+
+
+class JaxNN(Jax):
+    """jax.nn.dot_product_attention with one of its implementations."""
+
+    package = "jax.nn"
+
+    def __init__(self, implementation):
+        self.implementation = implementation
+
+    def load(self):
+        super().load()
+        if self.implementation == "cudnn":
+            import jax
+
+            if jax.default_backend() != "gpu":
+                raise ImportError("needs a GPU")
+
+    def call(self, *args, **kwargs):
+        return self.module.dot_product_attention(*args, implementation=self.implementation, **kwargs)
+
+    def function(self, cell):
+        if cell.packed or cell.mask == "segments":
+            raise NotImplementedError("no packed sequences in the public function")
+        options = {"is_causal": cell.mask == "causal"}
+        if cell.mask == "window":
+            options |= {"is_causal": True, "local_window_size": (cell.window, 0)}
+        return lambda q, k, v: self.call(q, k, v, **options), []
+
+    def decode(self, cell):
+        if cell.page:
+            raise NotImplementedError("no paged cache in the public function")
+        if cell.mask == "causal":
+            raise NotImplementedError("causal is aligned top-left")
+        import jax.numpy as jnp
+
+        lengths = jnp.full((cell.b,), cell.t, jnp.int32)
+        return lambda q, k, v, n: self.call(q, k, v, key_value_seq_lengths=n), [*self.inputs(cell), lengths]
+
+
+class Dew(Jax):
+    """dew-flash-attn: FlashAttention-3 on Hopper, -2 elsewhere."""
+
+    package = "dew_flash_attn"
+
+    def function(self, cell):
+        options = {"is_causal": cell.mask == "causal"}
+        if cell.mask == "window":
+            options |= {"is_causal": True, "window_size": (cell.window, 0)}
+        if cell.packed:
+            import jax.numpy as jnp
+
+            longest = max(cell.lengths)
+            return (
+                lambda q, k, v, cu: self.module.flash_mha_varlen(q, k, v, cu, longest, **options),
+                [jnp.asarray(_cu_seqlens(cell))],
+            )
+        if cell.mask == "segments":
+            raise NotImplementedError("no segment ids")
+        return lambda q, k, v: self.module.flash_mha(q, k, v, **options), []
+
+
+class Fa4(Jax):
+    """fa4-jax: FlashAttention-4 in CuTe-DSL."""
+
+    package = "fa4_jax"
+
+    def function(self, cell):
+        options = {"causal": cell.mask == "causal"}
+        if cell.mask == "window":
+            options |= {"causal": True, "window_size": (cell.window, 0)}
+        if cell.packed:
+            import jax.numpy as jnp
+
+            cu = jnp.asarray(_cu_seqlens(cell))
+            return lambda q, k, v, cu: self.module.flash_attn_varlen(q, k, v, cu, cu, **options), [cu]
+        if cell.mask == "segments":
+            raise NotImplementedError("document masks skip no blocks")
+        return lambda q, k, v: self.module.flash_attn(q, k, v, **options), []
+
+
+class Kyutai(Jax):
+    """flash-attn3-jax; its wheel has head dimension 128 only."""
+
+    package = "flash_attn3_jax"
+
+    def function(self, cell):
+        options = {"is_causal": cell.mask == "causal"}
+        if cell.mask == "window":
+            options |= {"is_causal": True, "window_size": (cell.window, 0)}
+        if cell.d > 128 or cell.e != cell.d:
+            raise NotImplementedError("head dimension up to 128, the same for q and v")
+        if cell.packed:
+            import jax.numpy as jnp
+
+            longest = max(cell.lengths)
+            return (
+                lambda q, k, v, cu: self.module.flash_mha_varlen(
+                    q, k, v, cu, cu, max_seqlen_q=longest, max_seqlen_k=longest, **options
+                ),
+                [jnp.asarray(_cu_seqlens(cell))],
+            )
+        if cell.mask == "segments":
+            raise NotImplementedError("no segment ids")
+        return lambda q, k, v: self.module.flash_mha(q, k, v, **options), []
+
+    def decode(self, cell):
+        f, arrays = Flashjax.decode(self, cell)
+        return f, arrays
+
+
+class Torch:
+    """torch's scaled_dot_product_attention on the CPU, its flash kernel. Inputs (b, h, s, d), as it wants them."""
+
+    package = "torch"
+
+    def load(self):
+        self.module = importlib.import_module(self.package)
+        self.module.set_num_threads(os.cpu_count())
+
+    def prepare(self, cell):
+        torch = self.module
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        if cell.mode not in ("fwd", "bwd") or cell.mask not in ("full", "causal") or cell.packed or cell.h != cell.g:
+            raise NotImplementedError("compared on dense attention only")
+        shapes, dtype = _extents(cell), getattr(torch, cell.dtype)
+        q, k, v, dout = (
+            torch.from_numpy(_normal(shapes[name], seed)).to(dtype).transpose(1, 2).contiguous()
+            for seed, name in enumerate(("q", "k", "v", "dout"))
+        )
+
+        def attention():
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=cell.mask == "causal")
+
+        if cell.mode == "fwd":
+
+            def run(n):
+                with torch.no_grad():
+                    for _ in range(n):
+                        attention()
+
+            return run
+        for x in (q, k, v):
+            x.requires_grad_()
+        out = attention()
+
+        def run(n):
+            for _ in range(n):
+                torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+        return run
+
+
+IMPLS = {  # in the order of the tables' columns; ours first
+    "flashjax": Flashjax(),
+    "jax.nn-xla": JaxNN("xla"),
+    "jax.nn-cudnn": JaxNN("cudnn"),
+    "torch-sdpa-cpu": Torch(),
+    "dew-flash-attn": Dew(),
+    "fa4-jax": Fa4(),
+    "flash-attn3-jax": Kyutai(),
+}
+
+PEERS = {  # suite prefix -> who is asked for; whoever cannot be loaded is recorded as absent
+    "cpu": ["flashjax", "jax.nn-xla", "torch-sdpa-cpu"],
+    "smoke": ["flashjax", "jax.nn-xla", "torch-sdpa-cpu"],
+    "h200": ["flashjax", "jax.nn-cudnn", "dew-flash-attn", "fa4-jax", "flash-attn3-jax"],
+}
