@@ -1,6 +1,6 @@
 """The implementations that are compared: one class each, and the table IMPLS.
 
-An implementation says in `prepare(cell)` how it computes a cell, as a function of n that enqueues n calls and blocks; it
+An implementation says in `prepare(cell)` how it computes a cell: a function of n that enqueues n calls and blocks. It
 raises NotImplementedError for what it does not have. A package that is not installed is reported as absent.
 
 The backward is the pull-back alone, given what the forward saved: jax.vjp's function, jitted by itself, or
