@@ -6,7 +6,8 @@
 #ifdef __CUDACC__
 #define FLASHJAX_HD __host__ __device__ __forceinline__
 #else
-#define FLASHJAX_HD inline
+// static: the CPU kernels are compiled once per instruction set, and a linker must not mix their copies.
+#define FLASHJAX_HD static inline
 #endif
 
 namespace flashjax {
