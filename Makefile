@@ -36,13 +36,13 @@ lint: $(VENV)/lint ## formatting, lint, types and what README says
 	$(BIN)/ruff check .
 	find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/basedpyright
-	$(BIN)/python -m bench.readme --check
+	$(BIN)/python -m docs.tables --check
 
 format: $(VENV)/lint ## rewrite what `make lint` would complain about
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
-	$(BIN)/python -m bench.readme
+	$(BIN)/python -m docs.tables
 
 bench-cpu: $(VENV)/bench-cpu ## the CPU benchmark, to out/bench-cpu.json
 	$(BIN)/python -m bench.run --suite cpu --out out/bench-cpu.json $(BENCH_ARGS)

@@ -64,10 +64,14 @@ def memory_table(result) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--show", type=pathlib.Path, metavar="RESULT", help="only print the table of a result")
     parser.add_argument("--one", nargs=2, metavar=("IMPL", "S"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.one[0], int(args.one[1]))))
+        return
+    if args.show:
+        print(memory_table(json.loads(args.show.read_text())))
         return
     result = {
         "device": run.device(),

@@ -1,0 +1,135 @@
+"""Fills in the tables of README.md and docs/*.md: what stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    python -m docs.tables            # rewrite them
+    python -m docs.tables --check    # exit 1 if one is out of date
+
+Every table comes from a source of truth in this repository: the kernel table, the slots, committed results.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import re
+import sys
+
+from bench import memory, report
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+# The kernel table.
+
+
+def features() -> tuple[dict[str, int], list[str]]:
+    """The feature sets of csrc/attention/select.h by name, and what each bit is called in select.cc."""
+    header = (ROOT / "csrc/attention/select.h").read_text()
+    sets = {name: 1 << int(bit) for name, bit in re.findall(r"(k\w+) = 1u << (\d+)", header)}
+    for name, value in re.findall(r"constexpr uint32_t (k\w+)\s*=\s*([^;]+);", header):
+        sets[name] = eval(" ".join(value.split()), {"__builtins__": {}}, sets)
+    names = re.search(r"kFeatureNames\[\] = \{(.*?)\};", (ROOT / "csrc/attention/select.cc").read_text(), re.DOTALL)[1]
+    return sets, re.findall(r'"([^"]+)"', names)
+
+
+def kernels() -> list[dict]:
+    """The rows of csrc/attention/kernels.def."""
+    text = re.sub(r"//.*", "", (ROOT / "csrc/attention/kernels.def").read_text())
+    columns = ["id", "direction", "family", "arch_min", "arch_max", "dtype", "d", "e", "m", "n", "features", "ci"]
+    rows = re.findall(r"^KERNEL\(([^)]*)\)", text, re.MULTILINE)
+    return [dict(zip(columns, (cell.strip() for cell in row.split(",")), strict=True)) for row in rows]
+
+
+def support() -> str:
+    """One line for each family, direction and limit: dtypes merged."""
+    sets, names = features()
+    dtypes = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    merged = {}
+    for row in kernels():
+        arch = f"sm_{row['arch_min']}" + ("a" if row["arch_min"] == row["arch_max"] else " and later")
+        limit = f"{row['d']}" if row["d"] == row["e"] else f"{row['d']} / {row['e']}"
+        value = eval(row["features"], {"__builtins__": {}}, sets)
+        missing = ", ".join(name for bit, name in enumerate(names) if not value >> bit & 1) or "none"
+        key = ("CUDA, " + arch, row["family"], row["direction"].lower(), limit, missing)
+        merged.setdefault(key, []).append(dtypes[row["dtype"]])
+    every = ", ".join(dtypes.values())
+    lines = [
+        ["CPU", "cpu", "forward", every, "512", "none"],
+        ["CPU", "cpu", "backward", every, "512", "batch_idx, page_table"],
+        *([*key[:3], ", ".join(found), *key[3:]] for key, found in merged.items()),
+        ["any platform", "reference (jnp)", "forward, backward, jvp, second order", every, "any", "none"],
+    ]
+    return report.table(["runs on", "kernels", "direction", "dtypes", "head dims up to", "options not served"], lines)
+
+
+# The slots.
+
+
+def slots() -> str:
+    spec = importlib.util.spec_from_file_location("_slots", ROOT / "python/flashjax/_slots.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["_slots"] = module
+    spec.loader.exec_module(module)
+    types = {"T": "operand dtype", "F": "operand dtype or float32", "F32": "float32", "S32": "int32"}
+    lines = [[f"`{x.name}`", types[x.type], f"({', '.join(x.dims.split())})", "yes" if x.grad else ""]
+             for x in module.SLOTS.values()]  # fmt: skip
+    return report.table(["slot", "dtype", "shape", "differentiable"], lines)
+
+
+# Results.
+
+
+def command(text) -> str:
+    return f"\n\n```bash\n{text}\n```"
+
+
+def result(path, text=report.tables) -> str:
+    if not (RESULTS / path).exists():
+        return ""
+    data = json.loads((RESULTS / path).read_text())
+    source = f"Measured on {report.heading(data)}" if "ceilings" in data else f"Measured on {data['device']}."
+    show = "python -m bench.report" if "ceilings" in data else "python -m bench.memory --show"
+    return f"{source}\n\n{text(data)}" + command(f"{data['command']}\n{show} bench/results/{path}")
+
+
+def memory_result() -> str:
+    return result("cpu/memory.json", memory.memory_table)
+
+
+BLOCKS = {
+    "support": support,
+    "slots": slots,
+    "cpu": lambda: result("cpu/attention.json"),
+    "memory": memory_result,
+    "h200": lambda: result("h200/bench.json"),
+}
+
+
+def filled(text: str) -> str:
+    def fill(match):
+        content = BLOCKS[match[1]]()
+        return f"<!-- begin {match[1]} -->\n" + (f"\n{content}\n\n" if content else "") + f"<!-- end {match[1]} -->"
+
+    return re.sub(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", fill, text, flags=re.DOTALL)
+
+
+def stale() -> dict[pathlib.Path, str]:
+    """The files whose tables are out of date, and what they should be."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return {path: new for path in paths if (new := filled(path.read_text())) != path.read_text()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    found = stale()
+    for path, text in found.items():
+        print(f"{path.relative_to(ROOT)}: {'out of date: run python -m docs.tables' if args.check else 'rewritten'}")
+        if not args.check:
+            path.write_text(text)
+    raise SystemExit(1 if found and args.check else 0)
+
+
+if __name__ == "__main__":
+    main()
