@@ -1,0 +1,152 @@
+# The CUDA module: one object for each row of kernels.def that FLASHJAX_KERNELS and FLASHJAX_CUDA_ARCHS leave.
+# nvcc comes from CUDACXX, CUDA_HOME, PATH, or the wheels nvidia-cuda-nvcc, -crt, -runtime, -cccl and nvidia-nvvm.
+set(FLASHJAX_NVCC_JOBS "" CACHE STRING "how many nvcc run at a time; empty: as many as there are cores, at most 16")
+
+# Called where nothing else names a compiler. The wheels keep their libraries in lib/, where nvcc does not look.
+function(flashjax_find_nvcc)
+  if(CMAKE_CUDA_COMPILER OR DEFINED ENV{CUDACXX})
+    return()
+  endif()
+  if(DEFINED ENV{CUDA_HOME} AND EXISTS "$ENV{CUDA_HOME}/bin/nvcc")
+    set(ENV{CUDACXX} "$ENV{CUDA_HOME}/bin/nvcc")
+    return()
+  endif()
+  find_program(FLASHJAX_NVCC nvcc)
+  if(FLASHJAX_NVCC)
+    set(ENV{CUDACXX} "${FLASHJAX_NVCC}")
+    return()
+  endif()
+  execute_process(COMMAND "${Python_EXECUTABLE}" -c
+"import glob, os, sys
+for entry in sys.path:
+    for root in sorted(glob.glob(os.path.join(entry or '.', 'nvidia', 'cu*')), reverse=True):
+        if os.path.exists(os.path.join(root, 'bin', 'nvcc')):
+            print(root)
+            raise SystemExit"
+    OUTPUT_VARIABLE root OUTPUT_STRIP_TRAILING_WHITESPACE)
+  if(root)
+    set(ENV{CUDACXX} "${root}/bin/nvcc")
+    set(ENV{CUDAFLAGS} "$ENV{CUDAFLAGS} -L${root}/lib")
+  endif()
+endfunction()
+
+if(NOT FLASHJAX_CUDA MATCHES "^(0|1|AUTO|ON|OFF)$")
+  message(FATAL_ERROR "FLASHJAX_CUDA is 0, 1 or AUTO; got ${FLASHJAX_CUDA}")
+endif()
+if(FLASHJAX_CUDA MATCHES "^(0|OFF)$")
+  return()
+endif()
+flashjax_find_nvcc()
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  if(FLASHJAX_CUDA STREQUAL "AUTO")
+    message(STATUS "flashjax: no working nvcc, so no CUDA module (FLASHJAX_CUDA=1 makes this an error)")
+    return()
+  endif()
+  message(FATAL_ERROR "FLASHJAX_CUDA=1, but no working nvcc. Set CUDACXX or CUDA_HOME, put nvcc on PATH, or "
+    "pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-nvvm, all five of one "
+    "release, and build without isolation.")
+endif()
+
+set(CMAKE_CUDA_ARCHITECTURES OFF) # each row has its own
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+enable_language(CUDA)
+
+set(jobs "${FLASHJAX_NVCC_JOBS}")
+if(jobs STREQUAL "")
+  cmake_host_system_information(RESULT jobs QUERY NUMBER_OF_LOGICAL_CORES)
+  if(jobs GREATER 16)
+    set(jobs 16)
+  endif()
+endif()
+set_property(GLOBAL APPEND PROPERTY JOB_POOLS flashjax_nvcc=${jobs})
+
+# Rows to sources. A row for one Hopper capability needs the arch-specific target; any other row is built for every
+# listed arch, and as PTX, which newer GPUs compile at load.
+set(generated "${CMAKE_BINARY_DIR}/kernels")
+set(table "${CMAKE_SOURCE_DIR}/csrc/attention/kernels.def")
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${table}")
+file(STRINGS "${table}" rows REGEX "^KERNEL\\(")
+set(built "")
+set(built_ids " ")
+set(sources "")
+foreach(row IN LISTS rows)
+  string(REGEX REPLACE "^KERNEL\\((.*)\\)$" "\\1" columns "${row}")
+  string(REGEX REPLACE ", *" ";" columns "${columns}")
+  list(GET columns 0 id)
+  list(GET columns 1 direction)
+  list(GET columns 2 family)
+  list(GET columns 3 arch_min)
+  list(GET columns 4 arch_max)
+  list(GET columns 5 dtype)
+  list(SUBLIST columns 6 4 shape)
+  list(GET columns 11 ci)
+  if(NOT FLASHJAX_KERNELS STREQUAL "all" AND NOT id IN_LIST FLASHJAX_KERNELS
+     AND NOT (FLASHJAX_KERNELS STREQUAL "ci" AND ci))
+    continue()
+  endif()
+  set(gencode "")
+  if(arch_min EQUAL arch_max)
+    if("${arch_min}a" IN_LIST FLASHJAX_CUDA_ARCHS)
+      set(gencode "-gencode=arch=compute_${arch_min}a,code=sm_${arch_min}a")
+    endif()
+  else()
+    foreach(arch IN LISTS FLASHJAX_CUDA_ARCHS)
+      string(REGEX REPLACE "[a-z]$" "" arch "${arch}")
+      if(arch GREATER_EQUAL arch_min AND arch LESS_EQUAL arch_max)
+        list(APPEND gencode "-gencode=arch=compute_${arch},code=sm_${arch}")
+      endif()
+    endforeach()
+    list(APPEND gencode "-gencode=arch=compute_${arch_min},code=compute_${arch_min}")
+  endif()
+  if(gencode STREQUAL "")
+    continue()
+  endif()
+  string(TOLOWER "${direction}" lower)
+  if(direction STREQUAL "Forward")
+    set(params "FwdParams")
+  else()
+    set(params "BwdParams")
+  endif()
+  list(JOIN shape ", " shape)
+  set(source "${generated}/${id}.cu")
+  file(CONFIGURE OUTPUT "${source}" CONTENT [=[
+#include "cuda/@family@/@lower@.cuh"
+
+namespace flashjax::cuda {
+cudaError_t launch_@id@(const @params@& p, const Device& device, cudaStream_t stream) {
+  return @family@::launch_@lower@<DType::k@dtype@, @shape@>(p, device, stream);
+}
+}  // namespace flashjax::cuda
+]=] @ONLY)
+  set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${gencode}")
+  list(APPEND sources "${source}")
+  string(APPEND built "${row}\n")
+  string(APPEND built_ids "${id} ")
+endforeach()
+if(sources STREQUAL "")
+  message(FATAL_ERROR "no row of kernels.def is left by FLASHJAX_KERNELS=${FLASHJAX_KERNELS} and "
+    "FLASHJAX_CUDA_ARCHS=${FLASHJAX_CUDA_ARCHS}")
+endif()
+file(CONFIGURE OUTPUT "${generated}/built_kernels.def" CONTENT "${built}" @ONLY)
+
+add_library(flashjax_cuda_kernels STATIC ${sources})
+target_include_directories(flashjax_cuda_kernels PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
+target_compile_options(flashjax_cuda_kernels PRIVATE -Xfatbin=-compress-all -Xptxas=-v)
+# What ptxas -v says goes to a log next to the object: csrc/cuda/check_ptxas.py reads it.
+set(launcher "${Python_EXECUTABLE}" "${CMAKE_SOURCE_DIR}/csrc/cuda/log_ptxas.py" ${CMAKE_CUDA_COMPILER_LAUNCHER})
+set_target_properties(flashjax_cuda_kernels PROPERTIES
+  JOB_POOL_COMPILE flashjax_nvcc CUDA_COMPILER_LAUNCHER "${launcher}")
+
+nanobind_add_module(_cuda STABLE_ABI NB_STATIC NB_DOMAIN flashjax
+  csrc/ffi/module_cuda.cc csrc/ffi/cuda.cc csrc/attention/select.cc csrc/cuda/launchers.cc)
+target_include_directories(_cuda SYSTEM PRIVATE "${FLASHJAX_FFI_INCLUDE}" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+target_include_directories(_cuda PRIVATE "${generated}")
+target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
+set_property(SOURCE csrc/attention/select.cc APPEND PROPERTY
+  COMPILE_DEFINITIONS "FLASHJAX_BUILT_KERNELS=\"${built_ids}\"")
+target_link_libraries(_cuda PRIVATE flashjax_cuda_kernels)
+install(TARGETS _cuda LIBRARY DESTINATION flashjax)

@@ -1,0 +1,146 @@
+#include "select.h"
+
+#include <cstring>
+
+namespace flashjax {
+namespace {
+
+constexpr const char* kFeatureNames[] = {"a window or causal mask",
+                                         "softcap",
+                                         "bias",
+                                         "alibi_slopes",
+                                         "sinks",
+                                         "segment ids",
+                                         "cu_seqlens",
+                                         "seqused or leftpad",
+                                         "batch_idx",
+                                         "page_table",
+                                         "deterministic"};
+static_assert(1u << (sizeof(kFeatureNames) / sizeof(*kFeatureNames)) == kFeatureEnd);
+
+// The rows that this build holds: FLASHJAX_BUILT_KERNELS is " id id ... ", or undefined where
+// nothing is left out.
+bool is_built(const char* id) {
+#ifdef FLASHJAX_BUILT_KERNELS
+  return std::strstr(FLASHJAX_BUILT_KERNELS, (std::string(" ") + id + " ").c_str()) != nullptr;
+#else
+  return id != nullptr;
+#endif
+}
+
+enum RowIndex {
+#define KERNEL(id, ...) kRow_##id,
+#include "kernels.def"
+#undef KERNEL
+};
+
+std::string sm(int arch) { return "sm_" + std::to_string(arch); }
+
+std::string describe(const Facts& f, int arch) {
+  std::string x = std::string(name_of(f.direction)) + " in " + name_of(f.dtype) +
+                  " with d = " + std::to_string(f.d) + ", e = " + std::to_string(f.e);
+  if (f.features) x += ", " + feature_names(f.features);
+  return arch ? x + " on " + sm(arch) : x;
+}
+
+// What keeps a kernel from serving: how far off it is, and in words.
+struct Gap {
+  int weight = 0;
+  std::string words;
+  void add(int w, const std::string& x) {
+    weight += w;
+    words += (words.empty() ? "" : "; ") + x;
+  }
+};
+
+Gap gap(const Kernel& k, const Facts& f, int arch) {
+  Gap g;
+  if (k.dtype != f.dtype) g.add(8, std::string("takes ") + name_of(k.dtype));
+  if (f.d < 1 || f.d > k.d || f.e < 1 || f.e > k.e)
+    g.add(4,
+          "takes head dims from 1 to d = " + std::to_string(k.d) + ", e = " + std::to_string(k.e));
+  if (uint32_t missing = f.features & ~k.features)
+    g.add(2, "does not take " + feature_names(missing));
+  if (arch && (arch < k.arch_min || arch > k.arch_max))
+    g.add(2, "runs on " + sm(k.arch_min) + (k.arch_max == k.arch_min ? "" : " and later"));
+  if (!k.built)
+    g.add(1,
+          "is not in this build: add it to FLASHJAX_KERNELS, or its arch to FLASHJAX_CUDA_ARCHS");
+  return g;
+}
+
+}  // namespace
+
+const char* name_of(Direction direction) {
+  return direction == Direction::Forward ? "forward" : "backward";
+}
+
+const char* name_of(DType dtype) {
+  return dtype == DType::kF32 ? "float32" : dtype == DType::kBF16 ? "bfloat16" : "float16";
+}
+
+std::string feature_names(uint32_t features) {
+  std::string names;
+  for (int i = 0; (1u << i) < kFeatureEnd; ++i)
+    if (features >> i & 1) names += (names.empty() ? "" : ", ") + std::string(kFeatureNames[i]);
+  return names;
+}
+
+KernelTable kernels() {
+  static const Kernel table[] = {
+#define KERNEL(id, direction, family, arch_min, arch_max, dtype, d, e, m, n, features, ci) \
+  {#id,                                                                                    \
+   Direction::direction,                                                                   \
+   #family,                                                                                \
+   arch_min,                                                                               \
+   arch_max,                                                                               \
+   DType::k##dtype,                                                                        \
+   d,                                                                                      \
+   e,                                                                                      \
+   m,                                                                                      \
+   n,                                                                                      \
+   features,                                                                               \
+   ci != 0,                                                                                \
+   is_built(#id),                                                                          \
+   kRow_##id},
+#include "kernels.def"
+#undef KERNEL
+  };
+  return {table, table + sizeof(table) / sizeof(*table)};
+}
+
+Facts facts_of(Direction direction, const Problem& p) {
+  Facts f{direction, p.dtype, p.d, p.e, 0};
+  auto add = [&](bool on, Feature x) { f.features |= on ? x : 0u; };
+  add(p.window_left >= 0 || p.window_right >= 0, kWindow);
+  add(p.softcap != 0, kSoftcap);
+  add(p.bias, kBias);
+  add(p.alibi_slopes, kAlibi);
+  add(p.sinks, kSinks);
+  add(p.segment_ids_q, kSegments);
+  add(p.cu_seqlens_q || p.cu_seqlens_k, kPacked);
+  add(p.seqused_q || p.seqused_k || p.leftpad || p.max_seqlen_q >= 0 || p.max_seqlen_k >= 0,
+      kSeqused);
+  add(p.batch_idx, kBatchIdx);
+  add(p.page_table, kPaged);
+  add(p.deterministic && direction == Direction::Backward, kDeterministic);
+  return f;
+}
+
+const Kernel* select(const Facts& facts, int arch, std::string* why) {
+  const Kernel* nearest = nullptr;
+  Gap least;
+  for (const Kernel& k : kernels()) {
+    if (k.direction != facts.direction) continue;
+    Gap g = gap(k, facts, arch);
+    if (g.weight == 0) return &k;
+    if (!nearest || g.weight < least.weight) nearest = &k, least = g;
+  }
+  if (why) {
+    *why = "no CUDA kernel serves " + describe(facts, arch);
+    if (nearest) *why += std::string("; the nearest, ") + nearest->id + ", " + least.words;
+  }
+  return nullptr;
+}
+
+}  // namespace flashjax

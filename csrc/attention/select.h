@@ -1,0 +1,73 @@
+// Which kernel serves a call: the only dispatcher. Plain C++17, so that it can be tested, and
+// asked, without a GPU.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "params.h"
+
+namespace flashjax {
+
+enum class Direction { Forward, Backward };
+
+// The options of a call that a kernel may lack. A bit each; names as the caller knows them are in
+// select.cc.
+enum Feature : uint32_t {
+  kWindow = 1u << 0,  // causal is one
+  kSoftcap = 1u << 1,
+  kBias = 1u << 2,
+  kAlibi = 1u << 3,
+  kSinks = 1u << 4,
+  kSegments = 1u << 5,
+  kPacked = 1u << 6,   // cu_seqlens
+  kSeqused = 1u << 7,  // and left padding
+  kBatchIdx = 1u << 8,
+  kPaged = 1u << 9,
+  kDeterministic = 1u << 10,
+  kFeatureEnd = 1u << 11,
+};
+inline constexpr uint32_t kEverything = kFeatureEnd - 1;
+inline constexpr uint32_t kInPlace =
+    kEverything & ~(kBatchIdx | kPaged);  // keys where the row says
+
+struct Kernel {
+  const char* id;
+  Direction direction;
+  const char* family;
+  int arch_min, arch_max;  // compute capability: 90 is 9.0
+  DType dtype;
+  int d, e;  // the largest served
+  int m, n;  // tile
+  uint32_t features;
+  bool ci;
+  bool built;  // in this build
+  int index;   // its place in the table
+};
+
+// What of a call decides the kernel.
+struct Facts {
+  Direction direction;
+  DType dtype;
+  int64_t d, e;
+  uint32_t features;
+};
+
+struct KernelTable {
+  const Kernel* begin_;
+  const Kernel* end_;
+  const Kernel* begin() const { return begin_; }
+  const Kernel* end() const { return end_; }
+};
+KernelTable kernels();
+
+Facts facts_of(Direction direction, const Problem& p);
+
+// The first built kernel that serves the facts on an arch (0: on any). Otherwise null, and `why`
+// says what was required, which kernel comes nearest, and what would help.
+const Kernel* select(const Facts& facts, int arch, std::string* why);
+
+const char* name_of(Direction direction);
+const char* name_of(DType dtype);
+std::string feature_names(uint32_t features);
+
+}  // namespace flashjax

@@ -1,0 +1,87 @@
+// Python module flashjax._cuda. Imports, and answers what it could serve, without a driver.
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <vector>
+
+#include "../attention/select.h"
+#include "module.h"
+
+namespace flashjax {
+extern "C" XLA_FFI_Error* FlashjaxCudaFwd(XLA_FFI_CallFrame*);
+extern "C" XLA_FFI_Error* FlashjaxCudaBwd(XLA_FFI_CallFrame*);
+
+namespace {
+namespace nb = nanobind;
+
+nb::list kernel_rows() {
+  nb::list rows;
+  for (const Kernel& k : kernels()) {
+    nb::dict row;
+    row["id"] = k.id;
+    row["direction"] = name_of(k.direction);
+    row["family"] = k.family;
+    row["arch_min"] = k.arch_min;
+    row["arch_max"] = k.arch_max;
+    row["dtype"] = name_of(k.dtype);
+    row["d"] = k.d;
+    row["e"] = k.e;
+    row["tile"] = nb::make_tuple(k.m, k.n);
+    row["lacks"] = feature_names(kEverything & ~k.features);
+    row["ci"] = k.ci;
+    row["built"] = k.built;
+    rows.append(row);
+  }
+  return rows;
+}
+
+// The facts of a call, as facts_of() has them, from what Python knows while it traces: which slots
+// are there only.
+Facts facts(const std::string& direction, const std::string& dtype, int64_t d, int64_t e,
+            const std::vector<std::string>& slots, const nb::dict& attrs) {
+  static const char here = 0;  // stands for an array that is there; never read
+  BwdParams p;
+  p.d = d, p.e = e;
+  p.dtype = dtype == "bfloat16" ? DType::kBF16 : dtype == "float16" ? DType::kF16 : DType::kF32;
+  auto set = [&](const char* name, auto*& pointer) {
+    for (const std::string& slot : slots)
+      if (slot == name) pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(&here);
+  };
+#define SLOT(name, type, dims) set(#name, p.name);
+#include "../attention/slots.def"
+#undef SLOT
+#define ATTR(name, type) p.name = nb::cast<type>(attrs[#name]);
+#include "../attention/attrs.def"
+#undef ATTR
+  return facts_of(direction == "backward" ? Direction::Backward : Direction::Forward, p);
+}
+
+std::string why_not(const std::string& direction, const std::string& dtype, int64_t d, int64_t e,
+                    const std::vector<std::string>& slots, const nb::dict& attrs) {
+  for (Direction x : {Direction::Forward, Direction::Backward}) {
+    if (direction != name_of(x)) continue;
+    for (DType y : {DType::kF32, DType::kBF16, DType::kF16}) {
+      if (dtype != name_of(y)) continue;
+      std::string why;
+      return select(facts(direction, dtype, d, e, slots, attrs), 0, &why) ? "" : why;
+    }
+    return "no CUDA kernel takes " + dtype;
+  }
+  return "no direction " + direction;
+}
+
+}  // namespace
+}  // namespace flashjax
+
+NB_MODULE(_cuda, m) {
+  using namespace flashjax;
+  define_tables(m);
+  nanobind::dict targets;
+  targets["flashjax_fwd"] = handler(FlashjaxCudaFwd);
+  targets["flashjax_bwd"] = handler(FlashjaxCudaBwd);
+  m.attr("targets") = targets;
+  m.attr("kernels") = kernel_rows();
+  m.def("why_not", &why_not, nanobind::arg("direction"), nanobind::arg("dtype"), nanobind::arg("d"),
+        nanobind::arg("e"), nanobind::arg("slots"), nanobind::arg("attrs"),
+        "Why no compiled kernel could serve such a call on any GPU; empty if one does.");
+}
