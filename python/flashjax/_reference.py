@@ -200,5 +200,6 @@ def _softmax_times(scores, sinks, v):
     safe = jnp.where(sees, total, 1.0)
     weights = weights.reshape(b, g, h // g if g else 0, s, t)
     out = jnp.einsum("bgrst,btge->bsgre", weights, v.astype(jnp.float32), precision="highest").reshape(b, s, h, e)
-    out /= jnp.moveaxis(safe, 1, 2)[..., None]
+    sees_out, divisor = (jnp.moveaxis(x, 1, 2)[..., None] for x in (sees, safe))
+    out = jnp.where(sees_out, out / divisor, 0.0)  # a choice, so that no cotangent of a row without keys gets through
     return out, jnp.where(sees, top + jnp.log(safe), -jnp.inf)
