@@ -307,14 +307,13 @@ class Case:
 
 
 def cotangents(case: Case, inputs: Inputs, lse: np.ndarray):
-    """(dout, dlse) of a case; NaN in the rows that see nothing, as a loss that reads their lse would give."""
+    """(dout, dlse) of a case. NaN in dlse where lse is -inf, as a loss that reads it gives; NaN in both outside."""
     random = np.random.default_rng(case.seed + 1)
     q, v = inputs.arrays["q"], inputs.arrays["v"]
     dout = random.standard_normal((*q.shape[:-1], v.shape[-1])).astype(np.float32).astype(q.dtype)
     dlse = random.standard_normal(lse.shape).astype(np.float32)
-    nothing = np.isneginf(lse)
-    dlse[nothing] = np.nan
-    dout[np.swapaxes(nothing, -1, -2)] = np.nan
+    dlse[np.isneginf(lse)] = np.nan
+    dout[np.isnan(q).all((-1, -2))] = np.nan  # the builder marks the rows outside every sequence
     return dout, dlse
 
 

@@ -114,11 +114,10 @@ class _Sequence:
             self.lse = np.where(total > 0, safe + np.log(total), -np.inf)[..., 0]
 
     def gradients(self, dout, dlse):
-        """dout [s, h, e] and dlse [h, s]; NaN there is ignored in rows that see nothing at all."""
+        """dout [s, h, e] and dlse [h, s]; the latter counts only where the lse is finite."""
         low, real, group = self.arith.low, self.arith.real, self.group
-        nothing = np.isneginf(self.lse)
-        dout = np.where(nothing[..., None], 0, dout.transpose(1, 0, 2))
-        dlse = np.where(nothing, 0, dlse)
+        dout = dout.transpose(1, 0, 2)
+        dlse = np.where(np.isneginf(self.lse), 0, dlse)
         surplus = dlse - (dout * self.out).sum(-1)  # [h, s]
         dx = self.p * (dout @ self.v.transpose(0, 2, 1) + surplus[..., None])  # of the scores as softmax sees them
         grads = {"bias": dx, "alibi_slopes": -(dx * self.distance).sum((1, 2))}
@@ -128,7 +127,7 @@ class _Sequence:
         scale = real(self.rules.scale)
 
         def per_kv_head(x):  # [h, t, ·] -> [t, g, ·]
-            return low(x.reshape(-1, group, *x.shape[1:]).sum(1)).transpose(1, 0, 2)
+            return low(x.reshape(len(x) // group, group, *x.shape[1:]).sum(1)).transpose(1, 0, 2)
 
         grads["q"] = low(raw @ self.k * scale).transpose(1, 0, 2)
         grads["k"] = per_kv_head(raw.transpose(0, 2, 1) @ self.q * scale)
@@ -170,6 +169,10 @@ def _accumulate(target: np.ndarray, gradient: np.ndarray):
     gradient = gradient.sum(tuple(range(missing)))
     axes = tuple(i for i, n in enumerate(target.shape) if n == 1 and gradient.shape[i] != 1)
     target += gradient.sum(axes, keepdims=True)
+
+
+def _rounded(arith, gradient, like):
+    return gradient if arith.real == np.float64 else gradient.astype(like.dtype).astype(arith.real)
 
 
 def _broadcast_bias(arrays, arith, shape):
@@ -216,6 +219,7 @@ def _dense(arith, inputs, cotangents):
                 grads["sinks"] += part["sinks"]
     if "bias" in grads:
         _accumulate(grads["bias"], dbias)
+        grads["bias"] = _rounded(arith, grads["bias"], arrays["bias"])
     if "alibi_slopes" in grads:
         _accumulate(grads["alibi_slopes"], dslopes)
     return Result(out, lse, grads, None, logit)
@@ -269,6 +273,7 @@ def _packed(arith, inputs, cotangents):
                     grads[name] += part[name]
     if dbias is not None and cotangents:
         _accumulate(grads["bias"], dbias)
+        grads["bias"] = _rounded(arith, grads["bias"], arrays["bias"])
     return Result(out, lse, grads, None, logit)
 
 
@@ -332,6 +337,16 @@ def _cached(arith, inputs, cotangents):
 
 
 # -------------------------------------------------------------------------------------------------------- comparison
+
+
+def same_bits(x, y, what: str) -> None:
+    """Raises AssertionError unless the two arrays hold the same bytes."""
+    x, y = np.asarray(x), np.asarray(y)
+    assert x.shape == y.shape
+    assert x.dtype == y.dtype
+    differ = np.ascontiguousarray(x).view(f"u{x.itemsize}") != np.ascontiguousarray(y).view(f"u{y.itemsize}")
+    assert not differ.any(), f"{what}: {differ.sum()} of {x.size} differ, first at {np.argwhere(differ)[0].tolist()}"
+
 
 _UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
