@@ -13,7 +13,8 @@
 namespace flashjax {
 namespace {
 
-// Waits for the work, never for the helpers: one that starts late finds nothing left and touches nothing of the caller.
+// Waits for the work, never for the helpers: one that starts late finds nothing left and touches
+// nothing of the caller.
 class XlaParallel final : public cpu::Parallel {
  public:
   explicit XlaParallel(ffi::ThreadPool pool) : pool_(pool) {}

@@ -1,11 +1,13 @@
-// From an FFI call to FwdParams / BwdParams. Arguments come packed: slot i of slots.def is there when bit i of the
-// attribute `present` is set. Python has checked shapes against one another; what is checked here is what a program
-// exported by another version could get wrong: ranks, dtypes, counts and every extent that an index relies on.
+// From an FFI call to FwdParams / BwdParams. Arguments come packed: slot i of slots.def is there
+// when bit i of the attribute `present` is set. Python has checked shapes against one another; what
+// is checked here is what a program exported by another version could get wrong: ranks, dtypes,
+// counts and every extent that an index relies on.
 #pragma once
 #include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include "../attention/params.h"
 #include "status.h"
@@ -82,16 +84,17 @@ inline ffi::Error decode_call(const ffi::RemainingArgs& args, const ffi::Diction
   return ffi::Error::Success();
 }
 
-// Binds each dimension letter to the extent seen first, and refuses any other (1 where the slot says `?`).
+// Binds each dimension letter to the extent seen first, and refuses any other (1 where the slot
+// says `?`). Letters in `free` may have any extent.
 class Extents {
  public:
-  ffi::Error bind(const SlotInfo& slot, ffi::Span<const int64_t> dims) {
+  ffi::Error bind(const SlotInfo& slot, ffi::Span<const int64_t> dims, std::string_view free = "") {
     size_t i = 0;
     for (const char* c = slot.dims; *c; ++c) {
       if (*c == ' ' || *c == '?' || *c == '1') continue;
       bool plus_one = c[1] == '1', may_be_one = c[1] == '?';
       int64_t extent = dims[i++] - plus_one;
-      if (may_be_one && extent == 1) continue;
+      if ((may_be_one && extent == 1) || free.find(*c) != free.npos) continue;
       int64_t& bound = extent_[static_cast<unsigned char>(*c)];
       if (bound < 0) bound = extent;
       if (bound != extent)
@@ -146,7 +149,9 @@ inline ffi::Error decode_problem(const Call& call, const ffi::Dictionary& attrs,
                                            : type == p.dtype || type == DType::kF32;
     if (!ok) return InvalidArgument(std::string("`") + slot.name + "` has the wrong dtype");
     if (paged && i == k_segment_ids_k) return InvalidArgument("segment ids do not go with pages");
-    FLASHJAX_RETURN_IF_ERROR(extents.bind(slot, x.dimensions()));
+    // A bias goes by positions within a sequence, and a packed sequence is shorter than its row.
+    bool positions = i == k_bias && (call.slot[k_cu_seqlens_q] || call.slot[k_cu_seqlens_k]);
+    FLASHJAX_RETURN_IF_ERROR(extents.bind(slot, x.dimensions(), positions ? "st" : ""));
   }
   if (!call.slot[k_cu_seqlens_q] && !call.slot[k_cu_seqlens_k]) {
     if (extents('n', 1) != 1) return InvalidArgument("n > 1 needs cu_seqlens");
@@ -180,11 +185,11 @@ inline ffi::Error decode_problem(const Call& call, const ffi::Dictionary& attrs,
   if (p.alibi_slopes) p.alibi_shape = broadcast_of<2>(call.slot[k_alibi_slopes]->dimensions());
   if (p.sinks) p.sinks_shape = broadcast_of<2>(call.slot[k_sinks]->dimensions());
 
-#define ATTR(name, type)                             \
-  {                                                  \
-    auto value = attrs.get<type>(#name);             \
-    if (!value.has_value()) return value.error();    \
-    p.name = *value;                                 \
+#define ATTR(name, type)                          \
+  {                                               \
+    auto value = attrs.get<type>(#name);          \
+    if (!value.has_value()) return value.error(); \
+    p.name = *value;                              \
   }
 #include "../attention/attrs.def"
 #undef ATTR

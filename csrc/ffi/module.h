@@ -1,5 +1,5 @@
-// What both extension modules tell Python: their handlers, the FFI version they were built with, and the C++ halves of
-// the tables, for the test that compares them with the Python halves.
+// What both extension modules tell Python: their handlers, the FFI version they were built with,
+// and the C++ halves of the tables, for the test that compares them with the Python halves.
 #pragma once
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>

@@ -17,10 +17,10 @@ inline ffi::Error Internal(std::string message) {
   return ffi::Error(ffi::ErrorCode::kInternal, "flashjax: " + std::move(message));
 }
 
-#define FLASHJAX_RETURN_IF_ERROR(expr)        \
-  do {                                        \
-    ::xla::ffi::Error error_ = (expr);        \
-    if (error_.failure()) return error_;      \
+#define FLASHJAX_RETURN_IF_ERROR(expr)   \
+  do {                                   \
+    ::xla::ffi::Error error_ = (expr);   \
+    if (error_.failure()) return error_; \
   } while (0)
 
 }  // namespace flashjax
