@@ -1,0 +1,98 @@
+"""The one FFI call of each direction, and the registration of what it calls.
+
+Arguments cross packed, in the order of the slots, with a mask of those present; every attribute has one C++ type.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashjax import _support
+from flashjax._slots import BIT, in_order
+from flashjax._types import Arrays, Attrs
+
+_CAST = {int: np.int64, float: np.float32, bool: bool}
+_PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}  # extension module -> platform as XLA calls it
+
+
+def forward(arrays: Arrays, attrs: Attrs) -> tuple[jax.Array, ...]:
+    """out (b, s, h, e) and lse (b, h, s), by the kernels of the platform that the program is compiled for."""
+    q, v = arrays["q"], arrays["v"]
+    b, s, h, _ = q.shape
+    results = [
+        jax.ShapeDtypeStruct((b, s, h, v.shape[-1]), q.dtype),
+        jax.ShapeDtypeStruct((b, h, s), jnp.float32),
+    ]
+    return _call("flashjax_fwd", results, arrays, attrs, ())
+
+
+def backward(arrays: Arrays, attrs: Attrs, wanted: tuple[str, ...]) -> list[jax.Array]:
+    """dq, dk, dv, and the float32 gradients of the slots `wanted`. `arrays` also has out, lse, dout and dlse."""
+    results = [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in ("q", "k", "v")]
+    results += [jax.ShapeDtypeStruct(arrays[name].shape, jnp.float32) for name in wanted]
+    return _call("flashjax_bwd", results, arrays, attrs, wanted)
+
+
+def _call(target, results, arrays, attrs, wanted):
+    names = in_order(arrays)
+    scratch = workspace_bytes(target, arrays, attrs)
+    if scratch:
+        results = [*results, jax.ShapeDtypeStruct((scratch,), jnp.uint8)]
+    # Attributes are cached by equality, where 1 == 1.0 == True: each must always come with the same type.
+    scalars = {
+        field.name: _CAST[field.type](getattr(attrs, field.name))
+        for field in dataclasses.fields(attrs)
+        if field.type in _CAST
+    }
+    present, asked = (np.int64(sum(BIT[name] for name in some)) for some in (names, wanted))
+    values = jax.ffi.ffi_call(target, results)(
+        *(arrays[name] for name in names), present=present, wanted=asked, **scalars
+    )
+    return values[:-1] if scratch else values
+
+
+def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
+    """Bytes of scratch memory that the kernels of every platform need for a call; 0: none.
+
+    A function of shapes alone, since the platform's kernel is chosen when the program runs.
+    """
+    del target, arrays, attrs
+    return 0
+
+
+def runtime_ffi_api() -> tuple[int, int] | None:
+    """The FFI version of the installed jaxlib, from its headers; None if it ships none."""
+    spec = importlib.util.find_spec("jaxlib")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    header = pathlib.Path(spec.submodule_search_locations[0]) / "include/xla/ffi/api/c_api.h"
+    if not header.exists():
+        return None
+    text = header.read_text()
+    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
+    return tuple(int(match[1]) for match in found) if all(found) else None
+
+
+def register(platform: str) -> None:
+    """Registers the handlers of a platform's extension module, if it was built."""
+    module = _support.extension(platform)
+    if module is None:
+        return
+    # A handler that is newer than the runtime takes the whole CPU backend down with it, so look first.
+    runtime = runtime_ffi_api()
+    if runtime is not None and runtime < tuple(module.ffi_api):
+        raise ImportError(
+            f"flashjax._{platform} was built for XLA FFI {'.'.join(map(str, module.ffi_api))}, and the installed "
+            f"jaxlib has {'.'.join(map(str, runtime))}: install a newer jax, or build flashjax against this jaxlib"
+        )
+    for name, handler in module.targets.items():
+        jax.ffi.register_ffi_target(name, handler, platform=_PLATFORMS[platform])
+
+
+for _platform in _PLATFORMS:
+    register(_platform)
