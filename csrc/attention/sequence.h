@@ -1,12 +1,14 @@
-// Which queries meet which keys: the one place where lengths, alignment and windows turn into ranges.
-// Both backends use it. Every value read from an array is clamped, so no index that follows from it leaves its array.
+// Which queries meet which keys: the one place where lengths, alignment and windows turn into
+// ranges. Both backends use it. Every value read from an array is clamped, so no index that follows
+// from it leaves its array.
 #pragma once
 #include "params.h"
 
 #ifdef __CUDACC__
 #define FLASHJAX_HD __host__ __device__ __forceinline__
 #else
-// static: the CPU kernels are compiled once per instruction set, and a linker must not mix their copies.
+// static: the CPU kernels are compiled once per instruction set, and a linker must not mix their
+// copies.
 #define FLASHJAX_HD static inline
 #endif
 
@@ -20,7 +22,8 @@ struct Range {
   int64_t begin, end;  // begin <= end
 };
 
-// Sequence i of row b. Query i of it is row q_begin + i of q[b]; key j of it is key k_begin + j of the row.
+// Sequence i of row b. Query i of it is row q_begin + i of q[b]; key j of it is key k_begin + j of
+// the row.
 struct Sequence {
   int64_t q_begin, q_len;
   int64_t k_begin, k_len;
@@ -70,11 +73,13 @@ FLASHJAX_HD Range visible_queries(const Problem& p, const Sequence& z, int64_t j
 // Every one of the queries [i0, i1) sees all keys of this range (empty if there is none).
 FLASHJAX_HD Range common_keys(const Problem& p, const Sequence& z, int64_t i0, int64_t i1) {
   int64_t begin = p.window_left < 0 ? 0 : clamp(i1 - 1 + z.diagonal - p.window_left, 0, z.k_len);
-  int64_t end = p.window_right < 0 ? z.k_len : clamp(i0 + 1 + z.diagonal + p.window_right, 0, z.k_len);
+  int64_t end =
+      p.window_right < 0 ? z.k_len : clamp(i0 + 1 + z.diagonal + p.window_right, 0, z.k_len);
   return {begin, imax(begin, end)};
 }
 
-// Row of k (and v), counted over [c, t] or [c, page], that holds key j of a sequence of row b; -1: the page id is bad.
+// Row of k (and v), counted over [c, t] or [c, page], that holds key j of a sequence of row b; -1:
+// the page id is bad.
 FLASHJAX_HD int64_t key_row(const Problem& p, int64_t b, const Sequence& z, int64_t j) {
   int64_t row = z.k_begin + j;
   if (p.page_table) {
