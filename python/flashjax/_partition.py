@@ -55,6 +55,11 @@ def _keys(call: Call, slot: Slot, shape, lead_sizes) -> list:
     return keys
 
 
+def _axes(entry) -> Axes:
+    """An entry of a PartitionSpec, which writes a single axis without its tuple."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
 def plan(call: Call, operands, mesh_shape, placed) -> Plan:
     """The plan that follows what is `placed`, (slot, shape, spec) each, where the first to split a thing decides."""
     lead_sizes = call.leading_sizes(operands)
@@ -64,7 +69,7 @@ def plan(call: Call, operands, mesh_shape, placed) -> Plan:
     wish: dict = {}
     for slot, shape, spec in placed:
         for key, entry in zip(_keys(call, slot, shape, lead_sizes), spec, strict=False):
-            axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+            axes = _axes(entry)
             wish.setdefault(key, axes) if axes else None
     used: set[str] = set()
 
@@ -133,7 +138,7 @@ def part(call: Call, how: Plan, implementation: str, mesh_shape, operands):
         """A gradient, with the parts of it that other devices computed."""
         if slot.name in kept:
             x = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(kept[slot.name]), x, first_head(own), heads_axis)
-        present = {axis for entry in spec for axis in (entry or ())}
+        present = {axis for entry in spec for axis in _axes(entry)}
         missing = tuple(axis for axis in mesh_shape if axis in how.computing - present)
         return jax.lax.psum(x, missing) if missing else x
 
