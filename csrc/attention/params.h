@@ -52,6 +52,7 @@ struct Problem {
   const int32_t* leftpad = nullptr;    // [b]: keys to skip at the front
   const int32_t* batch_idx = nullptr;  // [b]: the entry of k and v that a row reads
   const int32_t* page_table = nullptr;  // [b, p]: the pages of a row, in order
+  const int32_t* shift = nullptr;       // [b]: keys by which the diagonal moves towards the end
 };
 
 struct FwdParams : Problem {

@@ -53,6 +53,7 @@ FLASHJAX_HD Sequence sequence(const Problem& p, int64_t b, int64_t i) {
   }
   if (p.batch_idx && (p.batch_idx[b] < 0 || p.batch_idx[b] >= p.c)) z.k_len = 0;
   z.diagonal = p.top_left ? 0 : z.k_len - z.q_len;
+  if (p.shift) z.diagonal += p.shift[b];
   return z;
 }
 

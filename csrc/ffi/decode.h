@@ -175,7 +175,8 @@ inline ffi::Error decode_problem(const Call& call, const ffi::Dictionary& attrs,
   p.segment_ids_q = s32(k_segment_ids_q), p.segment_ids_k = s32(k_segment_ids_k);
   p.cu_seqlens_q = s32(k_cu_seqlens_q), p.cu_seqlens_k = s32(k_cu_seqlens_k);
   p.seqused_q = s32(k_seqused_q), p.seqused_k = s32(k_seqused_k);
-  p.leftpad = s32(k_leftpad), p.batch_idx = s32(k_batch_idx), p.page_table = s32(k_page_table);
+  p.leftpad = s32(k_leftpad), p.batch_idx = s32(k_batch_idx), p.page_table = s32(k_page_table),
+  p.shift = s32(k_shift);
   if (!p.segment_ids_q != !p.segment_ids_k)
     return InvalidArgument("`segment_ids_q` and `segment_ids_k` come together");
   if (p.bias) {

@@ -137,12 +137,14 @@ def _layout(arrays, attrs):
         pad = jnp.clip(arrays["leftpad"][:, None], 0, k_len)
         k_begin, k_len = k_begin + pad, k_len - pad
     diagonal = jnp.zeros_like(q_len) if attrs.top_left else k_len - q_len
+    if "shift" in arrays:
+        diagonal = diagonal + arrays["shift"][:, None]
     return _tokens(s, q_cu, q_begin, q_len), _tokens(t, k_cu, k_begin, k_len), diagonal
 
 
 def _boundaries(cu, b, extent):
     if cu is None:
-        return jnp.broadcast_to(jnp.array([0, extent], jnp.int32), (b, 2))
+        return jnp.broadcast_to(extent * jnp.arange(2, dtype=jnp.int32), (b, 2))  # not a constant: see _partition.py
     return jnp.clip(cu, 0, extent)
 
 

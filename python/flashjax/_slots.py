@@ -41,6 +41,7 @@ _FORWARD = (
     Slot("leftpad", "S32", "b"),
     Slot("batch_idx", "S32", "b"),
     Slot("page_table", "S32", "b p"),
+    Slot("shift", "S32", "b"),
 )
 _BACKWARD = (
     Slot("out", "T", "b s h e"),
