@@ -236,7 +236,7 @@ def flash_mha_with_kvcache(
       rotary_interleaved: rotate features (0, 1), (2, 3), ...; else (0, r/2), (1, r/2 + 1), ...
       update_cache: also return the caches with the new keys and values. They are written in place where the caches
         are donated (or carried by a loop), on a copy otherwise; the arrays that you passed never change.
-      bias: broadcastable to (b, h, s, capacity).
+      bias: broadcastable to (b, h, s, capacity); its columns count from the first key after the left padding.
       softmax_scale, is_causal, window_size, softcap, alibi_slopes, sinks, causal_alignment, implementation: as for
         `flash_mha`, over the cache_seqlens + new keys.
 
