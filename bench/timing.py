@@ -32,20 +32,28 @@ def burst_length(run: Run, min_burst: float) -> int:
 
 
 def interleaved(runs: dict[str, Run], rounds: int, min_burst: float, pause: float = 0.0) -> dict[str, dict]:
-    """name -> {"ms_median", "ms_min", "spread", "calls", "rounds"}; spread is (max - min) / median over the rounds."""
+    """name -> {"ms_median", "ms_min", "spread", "cpu_ms", "calls", "rounds"}, milliseconds a call.
+
+    spread is (max - min) / median over the rounds. cpu_ms is the processor time of the whole process, median: on a
+    machine with other work to do it says more about a CPU kernel than the time that passed.
+    """
     calls = {name: burst_length(run, min_burst) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
+    processor: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for _ in range(rounds):
         for name in order:
             time.sleep(pause)  # lets the other frameworks' idle threads fall asleep
+            busy = time.process_time()
             times[name].append(1e3 * _seconds(runs[name], calls[name]) / calls[name])
+            processor[name].append(1e3 * (time.process_time() - busy) / calls[name])
         order.append(order.pop(0))  # nobody is always first
     return {
         name: {
             "ms_median": statistics.median(ms),
             "ms_min": min(ms),
             "spread": (max(ms) - min(ms)) / statistics.median(ms),
+            "cpu_ms": statistics.median(processor[name]),
             "calls": calls[name],
             "rounds": rounds,
         }

@@ -33,30 +33,42 @@ def features() -> tuple[dict[str, int], list[str]]:
 
 
 def kernels() -> list[dict]:
-    """The rows of csrc/attention/kernels.def."""
-    text = re.sub(r"//.*", "", (ROOT / "csrc/attention/kernels.def").read_text())
-    columns = ["id", "direction", "family", "arch_min", "arch_max", "dtype", "d", "e", "m", "n", "features", "ci"]
+    """The rows of csrc/attention/kernels.def; its header names the columns."""
+    text = (ROOT / "csrc/attention/kernels.def").read_text()
+    columns = re.search(r"^// KERNEL\(([^)]*)\)", text, re.MULTILINE)[1].split(", ")
     rows = re.findall(r"^KERNEL\(([^)]*)\)", text, re.MULTILINE)
     return [dict(zip(columns, (cell.strip() for cell in row.split(",")), strict=True)) for row in rows]
 
 
 def support() -> str:
-    """One line for each family, direction and limit: dtypes merged."""
+    """One line for each family, direction and set of options; rows that another one contains are left out."""
     sets, names = features()
     dtypes = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    rows = [row | {"set": eval(row["features"], {"__builtins__": {}}, sets)} for row in kernels()]
+
+    def contains(big, small):
+        same = all(big[key] == small[key] for key in ("family", "direction", "dtype", "d", "e"))
+        return same and big["set"] != small["set"] and big["set"] & small["set"] == small["set"]
+
     merged = {}
-    for row in kernels():
-        arch = f"sm_{row['arch_min']}" + ("a" if row["arch_min"] == row["arch_max"] else " and later")
-        limit = f"{row['d']}" if row["d"] == row["e"] else f"{row['d']} / {row['e']}"
-        value = eval(row["features"], {"__builtins__": {}}, sets)
-        missing = ", ".join(name for bit, name in enumerate(names) if not value >> bit & 1) or "none"
-        key = ("CUDA, " + arch, row["family"], row["direction"].lower(), limit, missing)
-        merged.setdefault(key, []).append(dtypes[row["dtype"]])
+    for row in rows:
+        if any(contains(other, row) for other in rows):
+            continue
+        arch = f"sm_{row['arch_min']}a" if row["arch_min"] == row["arch_max"] else f"sm_{row['arch_min']} and later"
+        dims = row["d"] if row["d"] == row["e"] else f"{row['d']}/{row['e']}"
+        unit = f" (multiples of {row['unit']})" if int(row.get("unit", 1)) > 1 else ""
+        missing = ", ".join(name for bit, name in enumerate(names) if not row["set"] >> bit & 1) or "none"
+        key = ("CUDA, " + arch, row["family"], row["direction"].lower(), unit, missing)
+        found = merged.setdefault(key, ({}, {}))
+        found[0][dtypes[row["dtype"]]] = found[1][dims] = None
     every = ", ".join(dtypes.values())
     lines = [
         ["CPU", "cpu", "forward", every, "512", "none"],
         ["CPU", "cpu", "backward", every, "512", "batch_idx, page_table"],
-        *([*key[:3], ", ".join(found), *key[3:]] for key, found in merged.items()),
+        *(
+            [where, family, direction, ", ".join(types), ", ".join(dims) + unit, missing]
+            for (where, family, direction, unit, missing), (types, dims) in merged.items()
+        ),
         ["any platform", "reference (jnp)", "forward, backward, jvp, second order", every, "any", "none"],
     ]
     return report.table(["runs on", "kernels", "direction", "dtypes", "head dims up to", "options not served"], lines)
