@@ -64,6 +64,12 @@ if(jobs STREQUAL "")
 endif()
 set_property(GLOBAL APPEND PROPERTY JOB_POOLS flashjax_nvcc=${jobs})
 
+# The wrappers of wgmma, whose every instruction names every accumulator register, are written by a script.
+file(MAKE_DIRECTORY "${CMAKE_BINARY_DIR}/generated")
+set(wgmma "${CMAKE_SOURCE_DIR}/csrc/cuda/sm90/wgmma.py")
+execute_process(COMMAND "${Python_EXECUTABLE}" "${wgmma}" "${CMAKE_BINARY_DIR}/generated/wgmma.cuh" COMMAND_ERROR_IS_FATAL ANY)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${wgmma}")
+
 # Rows to sources. A row for one Hopper capability needs the arch-specific target; any other row is built for every
 # listed arch, and as PTX, which newer GPUs compile at load.
 set(generated "${CMAKE_BINARY_DIR}/kernels")
@@ -82,8 +88,12 @@ foreach(row IN LISTS rows)
   list(GET columns 3 arch_min)
   list(GET columns 4 arch_max)
   list(GET columns 5 dtype)
-  list(SUBLIST columns 6 4 shape)
-  list(GET columns 11 ci)
+  list(GET columns 6 d)
+  list(GET columns 7 e)
+  list(GET columns 9 m)
+  list(GET columns 10 n)
+  list(GET columns 12 variant)
+  list(GET columns 13 ci)
   if(NOT FLASHJAX_KERNELS STREQUAL "all" AND NOT id IN_LIST FLASHJAX_KERNELS
      AND NOT (FLASHJAX_KERNELS STREQUAL "ci" AND ci))
     continue()
@@ -111,14 +121,13 @@ foreach(row IN LISTS rows)
   else()
     set(params "BwdParams")
   endif()
-  list(JOIN shape ", " shape)
   set(source "${generated}/${id}.cu")
   file(CONFIGURE OUTPUT "${source}" CONTENT [=[
 #include "cuda/@family@/@lower@.cuh"
 
 namespace flashjax::cuda {
 cudaError_t launch_@id@(const @params@& p, const Device& device, cudaStream_t stream) {
-  return @family@::launch_@lower@<DType::k@dtype@, @shape@>(p, device, stream);
+  return @family@::launch_@lower@<DType::k@dtype@, @d@, @e@, @m@, @n@, Variant::@variant@>(p, device, stream);
 }
 }  // namespace flashjax::cuda
 ]=] @ONLY)
@@ -134,7 +143,7 @@ endif()
 file(CONFIGURE OUTPUT "${generated}/built_kernels.def" CONTENT "${built}" @ONLY)
 
 add_library(flashjax_cuda_kernels STATIC ${sources})
-target_include_directories(flashjax_cuda_kernels PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
+target_include_directories(flashjax_cuda_kernels PRIVATE "${CMAKE_SOURCE_DIR}/csrc" "${CMAKE_BINARY_DIR}/generated")
 target_compile_options(flashjax_cuda_kernels PRIVATE -Xfatbin=-compress-all -Xptxas=-v)
 # What ptxas -v says goes to a log next to the object: csrc/cuda/check_ptxas.py reads it.
 set(launcher "${Python_EXECUTABLE}" "${CMAKE_SOURCE_DIR}/csrc/cuda/log_ptxas.py" ${CMAKE_CUDA_COMPILER_LAUNCHER})

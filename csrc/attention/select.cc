@@ -15,7 +15,8 @@ constexpr const char* kFeatureNames[] = {"a window or causal mask",
                                          "seqused or leftpad",
                                          "batch_idx",
                                          "page_table",
-                                         "deterministic"};
+                                         "deterministic",
+                                         "a shift of the diagonal"};
 static_assert(1u << (sizeof(kFeatureNames) / sizeof(*kFeatureNames)) == kFeatureEnd);
 
 // The rows that this build holds: FLASHJAX_BUILT_KERNELS is " id id ... ", or undefined where
@@ -56,9 +57,9 @@ struct Gap {
 Gap gap(const Kernel& k, const Facts& f, int arch) {
   Gap g;
   if (k.dtype != f.dtype) g.add(8, std::string("takes ") + name_of(k.dtype));
-  if (f.d < 1 || f.d > k.d || f.e < 1 || f.e > k.e)
-    g.add(4,
-          "takes head dims from 1 to d = " + std::to_string(k.d) + ", e = " + std::to_string(k.e));
+  if (f.d < 1 || f.d > k.d || f.e < 1 || f.e > k.e || f.d % k.unit || f.e % k.unit)
+    g.add(4, "takes head dims up to d = " + std::to_string(k.d) + ", e = " + std::to_string(k.e) +
+                 (k.unit > 1 ? ", multiples of " + std::to_string(k.unit) : ""));
   if (uint32_t missing = f.features & ~k.features)
     g.add(2, "does not take " + feature_names(missing));
   if (arch && (arch < k.arch_min || arch > k.arch_max))
@@ -88,20 +89,23 @@ std::string feature_names(uint32_t features) {
 
 KernelTable kernels() {
   static const Kernel table[] = {
-#define KERNEL(id, direction, family, arch_min, arch_max, dtype, d, e, m, n, features, ci) \
-  {#id,                                                                                    \
-   Direction::direction,                                                                   \
-   #family,                                                                                \
-   arch_min,                                                                               \
-   arch_max,                                                                               \
-   DType::k##dtype,                                                                        \
-   d,                                                                                      \
-   e,                                                                                      \
-   m,                                                                                      \
-   n,                                                                                      \
-   features,                                                                               \
-   ci != 0,                                                                                \
-   is_built(#id),                                                                          \
+#define KERNEL(id, direction, family, arch_min, arch_max, dtype, d, e, unit, m, n, features, \
+               variant, ci)                                                                  \
+  {#id,                                                                                      \
+   Direction::direction,                                                                     \
+   #family,                                                                                  \
+   arch_min,                                                                                 \
+   arch_max,                                                                                 \
+   DType::k##dtype,                                                                          \
+   d,                                                                                        \
+   e,                                                                                        \
+   unit,                                                                                     \
+   m,                                                                                        \
+   n,                                                                                        \
+   features,                                                                                 \
+   #variant,                                                                                 \
+   ci != 0,                                                                                  \
+   is_built(#id),                                                                            \
    kRow_##id},
 #include "kernels.def"
 #undef KERNEL
@@ -123,6 +127,7 @@ Facts facts_of(Direction direction, const Problem& p) {
       kSeqused);
   add(p.batch_idx, kBatchIdx);
   add(p.page_table, kPaged);
+  add(p.shift, kShift);
   add(p.deterministic && direction == Direction::Backward, kDeterministic);
   return f;
 }

@@ -24,11 +24,15 @@ enum Feature : uint32_t {
   kBatchIdx = 1u << 8,
   kPaged = 1u << 9,
   kDeterministic = 1u << 10,
-  kFeatureEnd = 1u << 11,
+  kShift = 1u << 11,
+  kFeatureEnd = 1u << 12,
 };
 inline constexpr uint32_t kEverything = kFeatureEnd - 1;
 inline constexpr uint32_t kInPlace =
     kEverything & ~(kBatchIdx | kPaged);  // keys where the row says
+
+inline constexpr uint32_t kDense = kWindow | kSinks | kDeterministic;
+inline constexpr uint32_t kDenseScores = kDense | kSoftcap | kBias | kAlibi | kSegments;
 
 struct Kernel {
   const char* id;
@@ -37,8 +41,10 @@ struct Kernel {
   int arch_min, arch_max;  // compute capability: 90 is 9.0
   DType dtype;
   int d, e;  // the largest served
+  int unit;  // of which both are multiples
   int m, n;  // tile
   uint32_t features;
+  const char* variant;
   bool ci;
   bool built;  // in this build
   int index;   // its place in the table

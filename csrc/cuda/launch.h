@@ -13,6 +13,14 @@ struct Device {
   int sms = 0;
 };
 
+// What a kernel was compiled for, where a family has more than one.
+enum class Variant {
+  kAny,     // all its features
+  kFull,    // every query sees every key
+  kMasked,  // windows
+  kScores,  // windows, and what changes scores: softcap, bias, alibi, segment ids
+};
+
 // Enqueues the work; neither waits nor allocates.
 using ForwardLauncher = cudaError_t (*)(const FwdParams&, const Device&, cudaStream_t);
 using BackwardLauncher = cudaError_t (*)(const BwdParams&, const Device&, cudaStream_t);

@@ -12,10 +12,10 @@ enum RowIndex {
 };
 
 // A launcher is found under the direction that its parameters show.
-ForwardLauncher as_forward(ForwardLauncher x) { return x; }
-ForwardLauncher as_forward(BackwardLauncher) { return nullptr; }
-BackwardLauncher as_backward(BackwardLauncher x) { return x; }
-BackwardLauncher as_backward(ForwardLauncher) { return nullptr; }
+[[maybe_unused]] ForwardLauncher as_forward(ForwardLauncher x) { return x; }
+[[maybe_unused]] ForwardLauncher as_forward(BackwardLauncher) { return nullptr; }
+[[maybe_unused]] BackwardLauncher as_backward(BackwardLauncher x) { return x; }
+[[maybe_unused]] BackwardLauncher as_backward(ForwardLauncher) { return nullptr; }
 
 using ForwardParams = FwdParams;
 using BackwardParams = BwdParams;

@@ -26,6 +26,8 @@ nb::list kernel_rows() {
     row["dtype"] = name_of(k.dtype);
     row["d"] = k.d;
     row["e"] = k.e;
+    row["unit"] = k.unit;
+    row["variant"] = k.variant;
     row["tile"] = nb::make_tuple(k.m, k.n);
     row["lacks"] = feature_names(kEverything & ~k.features);
     row["ci"] = k.ci;

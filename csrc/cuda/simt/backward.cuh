@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(kThreads) backward_sinks(const __grid_constant
   }
 }
 
-template <DType kType, int kD, int kE, int kM, int kN>
+template <DType kType, int kD, int kE, int kM, int kN, cuda::Variant>
 cudaError_t launch_backward(const BwdParams& p, const cuda::Device&, cudaStream_t stream) {
   static_assert(kM == kTile && kN == kTile, "the tile of kernels.def");
   using T = typename TypeOf<kType>::type;

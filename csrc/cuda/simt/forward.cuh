@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
   write(static_cast<T*>(p.out) + h * p.e, p.h * p.e, b * p.s + r0, r1 - r0, c0, p.e, out, factor);
 }
 
-template <DType kType, int kD, int kE, int kM, int kN>
+template <DType kType, int kD, int kE, int kM, int kN, cuda::Variant>
 cudaError_t launch_forward(const FwdParams& p, const cuda::Device&, cudaStream_t stream) {
   static_assert(kM == kTile && kN == kTile, "the tile of kernels.def");
   ForwardGrid grid{(p.s + kTile - 1) / kTile, (p.e + kColumns - 1) / kColumns, 0};

@@ -1,0 +1,44 @@
+// The launch of the sm_90a forward.
+#pragma once
+#include "forward_kernel.cuh"
+#include "host.h"
+
+namespace flashjax::sm90 {
+
+template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
+cudaError_t launch_forward(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
+  constexpr bool kF16 = kType == DType::kF16;
+  constexpr int kOptions =
+      forward_options(D, N, kVariant != cuda::Variant::kFull, kVariant == cuda::Variant::kScores);
+  using K = Forward<kF16, D, E, M, N, kOptions>;
+  ForwardArgs a{};
+  a.p = problem(p);
+  a.lse = p.lse, a.out = static_cast<u32*>(p.out);
+  const int64_t mblocks = (p.s + M - 1) / M, tiles = mblocks * p.h * p.b;
+  if (tiles == 0) return cudaSuccess;
+  if (tiles > INT32_MAX || p.s >= 1 << 29 || p.t >= 1 << 29) return cudaErrorInvalidConfiguration;
+  a.mblocks = static_cast<int>(mblocks), a.tiles = static_cast<int>(tiles);
+  a.group = 1, a.ratio = static_cast<int>(p.h / p.g);
+  if (K::kMask) {
+    const int64_t heads = heads_in_l2(2 * p.t * (p.d + p.e)) * (p.h / p.g);
+    a.group = static_cast<int>(heads < p.h * p.b ? heads : p.h * p.b);
+  }
+  const int blocks = static_cast<int>(tiles < device.sms ? tiles : device.sms);
+  TMap q, k, v, o;
+  cudaError_t error = tensor_map(q, p.q, p.dtype, p.b, p.s, p.h, p.d, M);
+  error = cuda::first_error(error, tensor_map(k, p.t ? p.k : p.q, p.dtype, p.b, p.t, p.g, p.d, N));
+  error = cuda::first_error(error, tensor_map(v, p.t ? p.v : p.q, p.dtype, p.b, p.t, p.g, p.e, N));
+  error = cuda::first_error(error, tensor_map(o, p.out, p.dtype, p.b, p.s, p.h, p.e, 64));
+  if (error != cudaSuccess) return error;
+  if (K::kDyn && tiles > blocks && p.workspace_bytes >= 4) {
+    a.ticket = static_cast<int*>(p.workspace);
+    if ((error = cudaMemsetAsync(a.ticket, 0, 4, stream)) != cudaSuccess) return error;
+  }
+  auto kernel = forward_kernel<kF16, D, E, M, N, kOptions>;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem);
+  if (error != cudaSuccess) return error;
+  kernel<<<blocks, K::kThreads, K::kSmem, stream>>>(q, k, v, o, a);
+  return cudaGetLastError();
+}
+
+}  // namespace flashjax::sm90

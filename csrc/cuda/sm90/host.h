@@ -1,0 +1,74 @@
+// Host side of the sm_90a kernels: tensor maps, and the part of the arguments that both directions
+// share.
+#pragma once
+#include <cuda.h>
+
+#include <cstring>
+
+#include "../launch.h"
+#include "problem.cuh"
+
+namespace flashjax::sm90 {
+
+// A [b, rows, heads, width] array of 16-bit elements, read or written by boxes of 64 columns and
+// `box` rows.
+inline cudaError_t tensor_map(TMap& map, const void* data, DType dtype, int64_t b, int64_t rows,
+                              int64_t heads, int64_t width, int box) {
+  static_assert(sizeof(TMap) == sizeof(CUtensorMap));
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  struct Driver {
+    Encode encode = nullptr;
+    cudaError_t error;
+    Driver() {  // the library is not linked to the driver's
+      cudaDriverEntryPointQueryResult found;
+      void* function = nullptr;
+      error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                               cudaEnableDefault, &found);
+      encode = reinterpret_cast<Encode>(function);
+      if (error == cudaSuccess && !encode) error = cudaErrorNotSupported;
+    }
+  };
+  static const Driver driver;
+  if (driver.error != cudaSuccess) return driver.error;
+  auto at_least_one = [](int64_t x) { return static_cast<cuuint64_t>(x < 1 ? 1 : x); };
+  const cuuint64_t extent[4] = {at_least_one(width), at_least_one(rows), at_least_one(heads),
+                                at_least_one(b)};
+  const cuuint64_t stride[3] = {extent[2] * extent[0] * 2, extent[0] * 2,
+                                extent[1] * extent[2] * extent[0] * 2};
+  const cuuint32_t boxes[4] = {64, static_cast<cuuint32_t>(box), 1, 1}, ones[4] = {1, 1, 1, 1};
+  CUtensorMap encoded;
+  CUresult result = driver.encode(
+      &encoded,
+      dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+      const_cast<void*>(data), extent, stride, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  std::memcpy(&map, &encoded, sizeof map);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline Problem problem(const flashjax::Problem& p) {
+  auto bound = [](int64_t x) { return static_cast<int>(x < 0 ? -1 : x > 1 << 29 ? 1 << 29 : x); };
+  Problem x{};
+  x.b = static_cast<int>(p.b), x.s = static_cast<int>(p.s), x.t = static_cast<int>(p.t);
+  x.h = static_cast<int>(p.h), x.g = static_cast<int>(p.g), x.e = static_cast<int>(p.e);
+  x.left = bound(p.window_left), x.right = bound(p.window_right);
+  x.diagonal = p.top_left ? 0 : x.t - x.s;
+  x.scale = p.scale, x.softcap = p.softcap;
+  x.bias = p.bias, x.bias_f32 = p.bias_dtype == DType::kF32;
+  x.bias_b = p.bias_shape.stride[0], x.bias_h = p.bias_shape.stride[2];
+  x.bias_s = p.bias_shape.stride[3], x.bias_t = p.bias_shape.stride[4];
+  x.alibi = p.alibi_slopes, x.alibi_b = p.alibi_shape.stride[0];
+  x.sinks = p.sinks, x.sinks_b = p.sinks_shape.stride[0];
+  x.segment_q = p.segment_ids_q, x.segment_k = p.segment_ids_k;
+  return x;
+}
+
+// Heads whose K and V, or Q and dO, fit in half of the L2 together, to be worked on at a time.
+inline int64_t heads_in_l2(int64_t bytes_of_one) {
+  int64_t heads = 1;
+  while (2 * heads * bytes_of_one <= int64_t{32} << 20) heads *= 2;
+  return heads;
+}
+
+}  // namespace flashjax::sm90

@@ -1,0 +1,210 @@
+// Thin wrappers over the sm_90a PTX that the kernels use. Includes nothing, so that it also
+// compiles at run time.
+#pragma once
+
+#define DI __device__ __forceinline__
+
+namespace flashjax::sm90 {
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct alignas(64) TMap {  // stands in for CUtensorMap
+  u64 v[16];
+};
+
+DI float infinity() { return __int_as_float(0x7f800000); }
+DI u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// ---- mbarrier
+DI void mb_init(u32 b, u32 n) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(n));
+}
+DI void mb_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DI void mb_expect(u32 b, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes)
+               : "memory");
+}
+DI void mb_arrive(u32 b) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory");
+}
+DI void mb_wait(u32 b, u32 parity) {
+  asm volatile(
+      "{.reg .pred p; W: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra D; bra W; D: "
+      "}" ::"r"(b),
+      "r"(parity)
+      : "memory");
+}
+// Ends the basic block, so that ptxas cannot move work across it: a wait that is skipped as long as
+// x >= 0. (An empty loop that is never taken is removed by ptxas.)
+DI void sched_fence(int x, u32 bar) {
+  asm volatile(
+      "{.reg .pred p, q; setp.ge.s32 q, %0, 0; @q bra D; W: "
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;"
+      " @p bra D; bra W; D: }" ::"r"(x),
+      "r"(bar)
+      : "memory");
+}
+
+// ---- bulk copies
+constexpr u64 kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
+DI void prefetch_map(const TMap* m) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(m) : "memory");
+}
+DI void tma_load(u32 dst, const TMap* m, u32 bar, int c0, int c1, int c2, int c3, u64 hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_"
+      "hint"
+      " [%0], [%1, {%3,%4,%5,%6}], [%2], %7;" ::"r"(dst),
+      "l"(m), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(hint)
+      : "memory");
+}
+DI void tma_store(const TMap* m, u32 src, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::"l"(
+          m),
+      "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+DI void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(dst),
+      "l"(src), "r"(bytes), "r"(bar)
+      : "memory");
+}
+DI void bulk_add_f32(float* dst, u32 src, u32 bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst),
+      "r"(src), "r"(bytes)
+      : "memory");
+}
+DI void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int N>
+DI void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+template <int N>
+DI void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// ---- wgmma control
+DI void wg_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DI void wg_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+DI void wg_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Stops the compiler from moving ordinary math on an accumulator across a wgmma issue or wait.
+template <int N>
+DI void pin(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+// Shared-memory matrix descriptor, 128-byte swizzle, 1024 bytes between groups of 8 rows. `lbo`
+// matters only for an MN-major operand: the bytes between its 64-wide chunks. Only the low word
+// varies, so that steps are 32-bit adds of bytes / 16.
+DI u32 desc_lo(u32 addr, u32 lbo) {
+  return ((addr & 0x3FFFF) >> 4) | (((lbo & 0x3FFFF) >> 4) << 16);
+}
+DI u64 desc(u32 lo) {
+  u64 d;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"(lo), "r"((1024u >> 4) | (1u << 30)));
+  return d;
+}
+
+// ---- barriers and registers
+DI void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DI void bar_sync(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
+DI void bar_arrive(int id, int n) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory");
+}
+template <int N>
+DI void reg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+DI void reg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+DI void pdl_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DI void pdl_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// ---- shared memory
+DI void stmatrix4(u32 a, u32 r0, u32 r1, u32 r2, u32 r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(r0),
+               "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+DI void stmatrix4_trans(u32 a, u32 r0, u32 r1, u32 r2, u32 r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(a),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+DI void ldmatrix4(u32 a, u32& r0, u32& r1, u32& r2, u32& r3) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3)
+               : "r"(a)
+               : "memory");
+}
+DI void load_shared2(float& a, float& b, u32 p) {
+  asm volatile("ld.shared.v2.f32 {%0,%1},[%2];" : "=f"(a), "=f"(b) : "r"(p));
+}
+DI void store_shared4(u32 p, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(p), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
+}
+
+// ---- math
+DI float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DI float lg2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DI float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// By ex2, for a small absolute error: tanh.approx is off by 2^-11, which a cap multiplies.
+DI float tanh_ex2(float x) { return 1.f - 2.f * rcp(1.f + ex2(2.f * kLog2E * x)); }
+
+// Two floats to a pair of 16-bit ones, `lo` in the lower half; and back.
+template <bool F16>
+DI u32 pack(float lo, float hi) {
+  u32 r;
+  if constexpr (F16)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+template <bool F16>
+DI float to_float(unsigned short x) {
+  if constexpr (F16) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+  } else {
+    return __uint_as_float((u32)x << 16);
+  }
+}
+template <bool F16>
+DI float low(u32 x) {
+  return to_float<F16>((unsigned short)x);
+}
+template <bool F16>
+DI float high(u32 x) {
+  if constexpr (F16)
+    return to_float<true>((unsigned short)(x >> 16));
+  else
+    return __uint_as_float(x & 0xffff0000u);
+}
+
+}  // namespace flashjax::sm90
