@@ -95,6 +95,7 @@ class Extents {
       bool plus_one = c[1] == '1', may_be_one = c[1] == '?';
       int64_t extent = dims[i++] - plus_one;
       if ((may_be_one && extent == 1) || free.find(*c) != free.npos) continue;
+      if (extent < 0) return InvalidArgument(std::string("`") + slot.name + "` has too few rows");
       int64_t& bound = extent_[static_cast<unsigned char>(*c)];
       if (bound < 0) bound = extent;
       if (bound != extent)

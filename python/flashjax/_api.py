@@ -144,7 +144,7 @@ def flash_mha_varlen(
     q, k, v = check.operands(q, k, v, "s h d", "t g d", "t g e")
     cu_seqlens_q = check.integers("cu_seqlens_q", cu_seqlens_q, "n+1")
     if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
-        check.fail("cu_seqlens_k", "given, since q and k have different total lengths", "None")
+        check.fail("cu_seqlens_k", "given, since q and k have different total lengths", None)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else check.integers("cu_seqlens_k", cu_seqlens_k, "n+1")
     longest = {
         name: None if x is None else check.static_int(name, x)
@@ -274,12 +274,12 @@ def flash_mha_with_kvcache(
         cache_leftpad = check.integers("cache_leftpad", cache_leftpad, "b")
 
     if (k is None) != (v is None):
-        check.fail("v" if v is None else "k", "given together with the other", "None")
+        check.fail("v" if v is None else "k", "given together with the other", None)
     if k is not None:
         k = check.array("k", k, "b new g d", (q.dtype.name,))
         v = check.array("v", v, "b new g e", (q.dtype.name,))
         if cache_seqlens is None:
-            check.fail("cache_seqlens", "given with `k`: it says where the new keys go", "None")
+            check.fail("cache_seqlens", "given with `k`: it says where the new keys go", None)
         if k.shape[1] > capacity:
             check.fail("k", f"of at most {capacity} new keys, the capacity of the cache", k)
     elif update_cache:
@@ -298,7 +298,7 @@ def flash_mha_with_kvcache(
 
     if (rotary_cos is None) != (rotary_sin is None):
         missing = "rotary_cos" if rotary_cos is None else "rotary_sin"
-        check.fail(missing, "given together with the other", "None")
+        check.fail(missing, "given together with the other", None)
     rotary_interleaved = check.static_bool("rotary_interleaved", rotary_interleaved)
     if rotary_cos is not None:
         if k is None:
@@ -353,6 +353,9 @@ def _cached_attention(new, arrays, attrs, rotary_interleaved, update_cache):
     if "k" in new:
         seqlens = arrays["seqused_k"][:, 0]
         at = _cache.positions(seqlens, new["k"].shape[1])
+        # A bad length stays as it is: the sum might look good, or wrap around.
+        capacity = arrays["k"].shape[1] * (arrays["page_table"].shape[1] if "page_table" in arrays else 1)
+        fits = (seqlens >= 0) & (seqlens <= capacity)
         if "cos" in new:
             rotate = functools.partial(_cache.rotate, cos=new["cos"], sin=new["sin"], interleaved=rotary_interleaved)
             new = new | {"k": rotate(new["k"], at=at)}
@@ -365,7 +368,7 @@ def _cached_attention(new, arrays, attrs, rotary_interleaved, update_cache):
         arrays = arrays | {
             "k": _cache.append(arrays["k"], new["k"], at, **where),
             "v": _cache.append(arrays["v"], new["v"], at, **where),
-            "seqused_k": arrays["seqused_k"] + new["k"].shape[1],
+            "seqused_k": jnp.where(fits, seqlens + new["k"].shape[1], seqlens)[:, None],
         }
     out, lse = _derivatives.attention(arrays, attrs)
     caches = (arrays["k"], arrays["v"]) if update_cache else (None, None)

@@ -21,6 +21,10 @@ IMPLEMENTATIONS = ("cpu", "cuda", "reference")
 
 def describe(x) -> str:
     """How an argument looks in a message: dtype and shape, or type and value."""
+    if x is None:
+        return "None"
+    if isinstance(x, Tracer) and not x.shape:
+        return "a traced value"
     if hasattr(x, "shape") and hasattr(x, "dtype"):
         return f"{x.dtype} {tuple(x.shape)}"
     return f"{type(x).__name__} {x!r}"
@@ -34,8 +38,9 @@ class Checker:
         self.extent: dict[str, int] = {}
 
     def fail(self, name: str, expected: str, got, error: type[Exception] = ValueError, hint: str = "") -> NoReturn:
-        got = got if isinstance(got, str) else describe(got)
-        raise error(f"{self.function}: `{name}` must be {expected}; got {got}" + (f". {hint}" if hint else ""))
+        raise error(
+            f"{self.function}: `{name}` must be {expected}; got {describe(got)}" + (f". {hint}" if hint else "")
+        )
 
     # Scalars.
 
@@ -46,7 +51,7 @@ class Checker:
 
     def static_float(self, name, x, hint: str = "") -> float:
         if isinstance(x, Tracer):
-            self.fail(name, "a number known when the program is traced", "a traced value", TypeError, hint)
+            self.fail(name, "a number known when the program is traced", x, TypeError, hint)
         if isinstance(x, (bool, np.bool_)) or not (isinstance(x, numbers.Real) or getattr(x, "shape", None) == ()):
             self.fail(name, "a real number", x, TypeError)
         if not math.isfinite(float(x)):
@@ -55,7 +60,7 @@ class Checker:
 
     def static_int(self, name, x, at_least: int = 0) -> int:
         if isinstance(x, Tracer):
-            self.fail(name, "an int known when the program is traced", "a traced value", TypeError)
+            self.fail(name, "an int known when the program is traced", x, TypeError)
         if isinstance(x, (bool, np.bool_)) or not (
             isinstance(x, numbers.Integral)
             or (getattr(x, "shape", None) == () and jnp.issubdtype(x.dtype, jnp.integer))
@@ -139,7 +144,7 @@ class Checker:
         self.extent.setdefault("d", 0)
         h, g = self.extent["h"], self.extent["g"]
         if g == 0 or h % g:
-            self.fail(names[0], f"of h heads, a multiple of the g = {g} heads of `{names[1]}`", f"h = {h}")
+            self.fail(names[0], f"of h heads, a multiple of the g = {g} heads of `{names[1]}`", q)
         return q, k, v
 
     def integers(self, name, x, dims: str):
