@@ -1,9 +1,9 @@
 """Trains a small causal language model with flashjax, then lets it tell a tale from a KV cache.
 
-The model is a byte-level transformer (grouped query heads, rotary embedding) written with flax nnx and trained with
-optax on examples/data/tales.txt. It runs on the GPU if JAX sees one, else on the CPU.
+The model is a byte-level transformer (grouped query heads, rotary embedding, a sliding window) in flax nnx,
+trained with optax on examples/data/tales.txt. It runs on the GPU if JAX sees one, else on the CPU.
 
-    python examples/train_lm.py [--steps 400] [--out out]
+    python examples/train_lm.py [--steps 350] [--out out]
 """
 
 import argparse
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import flashjax
 
+WINDOW = (127, 0)  # a token sees itself and so many before: what is learned holds at any length
 DATA = pathlib.Path(__file__).parent / "data" / "tales.txt"
 
 
@@ -48,7 +49,7 @@ class Attention(nnx.Module):
     def __call__(self, x, rotary):
         q, k, v = self.heads_of(x)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        y = flashjax.flash_mha(q, k, v, is_causal=True)
+        y = flashjax.flash_mha(q, k, v, is_causal=True, window_size=WINDOW)
         return self.out(y.reshape(x.shape))
 
     def decode(self, x, rotary, cache, length):
@@ -64,6 +65,7 @@ class Attention(nnx.Module):
             rotary_sin=rotary[1],
             rotary_interleaved=False,
             is_causal=True,
+            window_size=WINDOW,
             update_cache=True,
         )
         return self.out(y.reshape(x.shape)), tuple(cache)
@@ -177,7 +179,7 @@ def plot(losses, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=600, help="how many to generate")
