@@ -71,11 +71,12 @@ bool covers_keys(const Problem& p) {
          !p.page_table;
 }
 
-// As many rows and keys as keep the operands of a block in a second-level cache of 1 MiB or so.
+// As many rows and keys as leave room in a second-level cache of 1 MiB: measured, see
+// docs/kernels/cpu.md.
 Blocks choose_blocks(const Problem& p, const Kernels& kernels, int64_t rows, int64_t keys,
-                     int64_t bytes_per_row) {
-  while (rows > kernels.panel && rows * bytes_per_row > 256 * 1024) rows /= 2;
-  while (keys > 64 && keys * (p.d + p.e) * 4 > 256 * 1024) keys -= 64;
+                     int64_t row_bytes, int64_t rows_budget) {
+  while (rows > kernels.panel && rows * row_bytes > rows_budget) rows /= 2;
+  while (keys > 64 && keys * (p.d + p.e) * 4 > 192 * 1024) keys -= 64;
   return {rows, keys};
 }
 
@@ -86,7 +87,8 @@ std::string at(const char* name, int64_t i, int64_t j, int64_t value) {
 }
 
 std::string check_lengths(const Problem& p, const char* cu_name, const int32_t* cu,
-                          const char* used_name, const int32_t* used, int64_t extent) {
+                          const char* used_name, const int32_t* used, const char* longest_name,
+                          int64_t longest, int64_t extent) {
   for (int64_t b = 0; b < p.b; ++b)
     for (int64_t i = 0; i < p.n; ++i) {
       int64_t len = extent;
@@ -103,10 +105,16 @@ std::string check_lengths(const Problem& p, const char* cu_name, const int32_t* 
       }
       if (used) {
         int64_t x = used[b * p.n + i];
+        if ((x < 0 || x > len) && !cu)  // the KV cache; its lengths come with the new keys added
+          return at("cache_seqlens", b, -1, x) + " with the new keys, outside [0, " +
+                 std::to_string(len) + "]";
         if (x < 0 || x > len)
-          return at(used_name, b, p.n > 1 ? i : -1, x) + ", outside [0, " + std::to_string(len) +
-                 "]";
+          return at(used_name, i, -1, x) + ", outside [0, " + std::to_string(len) + "]";
+        len = x;
       }
+      if (longest >= 0 && len > longest)
+        return std::string("`") + longest_name + "` is " + std::to_string(longest) +
+               ", but sequence " + std::to_string(i) + " has length " + std::to_string(len);
     }
   return {};
 }
@@ -117,19 +125,22 @@ std::string Check(const Problem& p) {
   if (!select_kernels())
     return std::string("FLASHJAX_CPU_SIMD=") + std::getenv("FLASHJAX_CPU_SIMD") +
            " is not among portable, avx2, avx512, avx512_bf16, or this CPU does not have it";
-  std::string why = check_lengths(p, "cu_seqlens_q", p.cu_seqlens_q, "seqused_q", p.seqused_q, p.s);
+  std::string why = check_lengths(p, "cu_seqlens_q", p.cu_seqlens_q, "seqused_q", p.seqused_q,
+                                  "max_seqlen_q", p.max_seqlen_q, p.s);
   if (why.empty())
-    why = check_lengths(p, "cu_seqlens_k", p.cu_seqlens_k, "seqused_k", p.seqused_k, p.t);
+    why = check_lengths(p, "cu_seqlens_k", p.cu_seqlens_k, "seqused_k", p.seqused_k, "max_seqlen_k",
+                        p.max_seqlen_k, p.t);
   if (!why.empty()) return why;
   for (int64_t b = 0; b < p.b; ++b) {
     if (p.batch_idx && (p.batch_idx[b] < 0 || p.batch_idx[b] >= p.c))
-      return at("batch_idx", b, -1, p.batch_idx[b]) + ", outside [0, " + std::to_string(p.c) + ")";
+      return at("cache_batch_idx", b, -1, p.batch_idx[b]) + ", outside [0, " + std::to_string(p.c) +
+             ")";
     for (int64_t i = 0; i < p.n; ++i) {
       Problem unpadded = p;
       unpadded.leftpad = nullptr;
       int64_t len = sequence(unpadded, b, i).k_len;
       if (p.leftpad && (p.leftpad[b] < 0 || p.leftpad[b] > len))
-        return at("leftpad", b, -1, p.leftpad[b]) + ", outside [0, " + std::to_string(len) +
+        return at("cache_leftpad", b, -1, p.leftpad[b]) + ", outside [0, " + std::to_string(len) +
                "], the keys of the row";
       Sequence z = sequence(p, b, i);
       const Broadcast<5>& bias = p.bias_shape;
@@ -197,7 +208,7 @@ void Forward(const FwdParams& p, Parallel& parallel) {
   const int64_t group = p.h / p.g;
 
   // Tiles of rows; smaller ones, and then parts of the keys, where there would be too few.
-  Blocks blocks = choose_blocks(p, *kernels, 256, 192, (p.d + p.e) * 4);
+  Blocks blocks = choose_blocks(p, *kernels, 256, 192, (p.d + p.e) * 4, 128 * 1024);
   auto count_tiles = [&](int64_t rows) {
     int64_t tiles = 0;
     for (int64_t b = 0; b < p.b; ++b)
@@ -213,56 +224,106 @@ void Forward(const FwdParams& p, Parallel& parallel) {
   const int64_t wanted =
       p.num_splits > 0 ? p.num_splits : ceil_div(kTasks, std::max<int64_t>(1, tiles));
 
-  struct TileParts {
+  // The tiles of one key head share its keys: packed once, if there are enough tiles. Units go in
+  // waves, so that little is packed at a time: fresh memory costs more than the copy. How large the
+  // waves are changes no result; the tiles of one keep the threads busy until its end.
+  struct Unit {
     Task task;
-    int64_t first, count;  // tasks
+    int64_t floats;
   };
-  std::vector<Task> tasks;
-  std::vector<TileParts> split;
-  int64_t partials = 0;
+  std::vector<Unit> units;
   for (int64_t b = 0; b < p.b; ++b)
     for (int64_t i = 0; i < p.n; ++i) {
       Sequence z = sequence(p, b, i);
-      int64_t rows = z.q_len * group;
-      // The last rows first: under a causal mask they have the most to do.
-      for (int64_t x = ceil_div(rows, blocks.rows) - 1; x >= 0; --x)
-        for (int64_t g = 0; g < p.g; ++g) {
-          Task task{b,       i, g, x * blocks.rows, std::min(rows, (x + 1) * blocks.rows), 0,
-                    z.k_len, 0, -1};
-          Range seen = visible_keys(p, z, task.m0 / group, (task.m1 - 1) / group + 1);
-          int64_t keys = seen.end - seen.begin;
-          int64_t parts = std::min(wanted, ceil_div(keys, worthwhile));
-          if (parts <= 1) {
-            tasks.push_back(task);
-            continue;
-          }
-          int64_t size = ceil_div(ceil_div(keys, parts), 64) * 64;
-          split.push_back({task, partials, 0});
-          for (int64_t j = seen.begin; j < seen.end; j += size) {
-            task.j0 = j, task.j1 = std::min(seen.end, j + size);
-            task.part = partials++;
-            ++split.back().count;
-            tasks.push_back(task);
-          }
-        }
+      int64_t rows = z.q_len * group, count = z.k_len + z.k_len % 2;
+      bool shared = rows > 2 * blocks.rows && count > 0;
+      for (int64_t g = 0; rows > 0 && g < p.g; ++g)
+        units.push_back({Task{b, i, g, 0, rows, 0, z.k_len, -1, nullptr, count},
+                         shared ? kernels->packed_keys(p, count) : 0});
     }
-  int64_t partial_floats = 0;
-  if (partials) {
-    int64_t rows = 0;
-    for (const TileParts& x : split) rows = std::max(rows, x.task.m1 - x.task.m0);
-    partial_floats = ceil_div(rows, kernels->lanes) * kernels->lanes * (p.e + 2);
+
+  struct Wave {
+    size_t first, last;
+  };
+  std::vector<Wave> waves;
+  const int64_t wave_rows = 8 * parallel.threads() * blocks.rows;
+  int64_t packed_floats = 0;
+  for (size_t first = 0, last = 0; first < units.size(); first = last) {
+    int64_t rows = 0, floats = 0;
+    for (; last < units.size() && rows < wave_rows; ++last) {
+      floats += units[last].floats;
+      // Units without packed keys cost nothing to keep in the wave.
+      if (units[last].floats) rows += units[last].task.m1;
+    }
+    waves.push_back({first, last});
+    packed_floats = std::max(packed_floats, floats);
   }
-  Scratch partial(partials, partial_floats);
-  int64_t floats = kernels->forward_scratch(p, blocks);
-  for_each(parallel, tasks.size(), floats, [&](int64_t i, float* scratch) {
-    const Task& task = tasks[i];
-    kernels->forward(p, blocks, task, task.part < 0 ? nullptr : partial[task.part], scratch);
-  });
-  for_each(parallel, split.size(), floats, [&](int64_t i, float* scratch) {
-    const TileParts& x = split[i];
-    kernels->combine(p, blocks, x.task, partial[x.first], x.count, partial[1] - partial[0],
-                     scratch);
-  });
+  Scratch packed(1, packed_floats);
+
+  constexpr int64_t kPiece = 512;
+  struct Run {
+    Task task;
+    int64_t keys;
+  };
+  struct Split {
+    Task task;
+    int64_t first, count;  // partial results
+  };
+  const int64_t scratch_floats = kernels->forward_scratch(p, blocks);
+  const int64_t partial_floats = (blocks.rows + kernels->lanes) * (p.e + 2);
+  for (const Wave& wave : waves) {
+    float* next = packed[0];
+    std::vector<Task> pack;
+    std::vector<Run> runs;
+    std::vector<Split> splits;
+    int64_t partials = 0;
+    for (size_t u = wave.first; u < wave.last; ++u) {
+      Task unit = units[u].task;
+      Sequence z = sequence(p, unit.b, unit.i);
+      if (units[u].floats) {
+        unit.packed = next;
+        next += units[u].floats;
+        Range seen = visible_keys(p, z, 0, z.q_len);
+        for (int64_t j = seen.begin - seen.begin % 2; j < seen.end; j += kPiece) {
+          pack.push_back(unit);
+          pack.back().j0 = j, pack.back().j1 = std::min(seen.end, j + kPiece);
+        }
+      }
+      for (int64_t m = 0; m < unit.m1; m += blocks.rows) {
+        Task task = unit;
+        task.m0 = m, task.m1 = std::min(unit.m1, m + blocks.rows);
+        Range seen = visible_keys(p, z, task.m0 / group, (task.m1 - 1) / group + 1);
+        int64_t keys = seen.end - seen.begin;
+        int64_t parts = std::min(wanted, ceil_div(keys, worthwhile));
+        if (parts <= 1) {
+          runs.push_back({task, keys});
+          continue;
+        }
+        int64_t size = ceil_div(ceil_div(keys, parts), 64) * 64;
+        splits.push_back({task, partials, 0});
+        for (int64_t j = seen.begin; j < seen.end; j += size) {
+          task.j0 = j, task.j1 = std::min(seen.end, j + size);
+          task.part = partials++;
+          ++splits.back().count;
+          runs.push_back({task, task.j1 - j});
+        }
+      }
+    }
+    // The longest first, so that threads finish together.
+    std::stable_sort(runs.begin(), runs.end(),
+                     [](const Run& x, const Run& y) { return x.keys > y.keys; });
+    Scratch partial(partials, partial_floats);
+    for_each(parallel, pack.size(), 0, [&](int64_t i, float*) { kernels->pack_keys(p, pack[i]); });
+    for_each(parallel, runs.size(), scratch_floats, [&](int64_t i, float* scratch) {
+      const Task& task = runs[i].task;
+      kernels->forward(p, blocks, task, task.part < 0 ? nullptr : partial[task.part], scratch);
+    });
+    for_each(parallel, splits.size(), scratch_floats, [&](int64_t i, float* scratch) {
+      const Split& x = splits[i];
+      kernels->combine(p, blocks, x.task, partial[x.first], x.count, partial[1] - partial[0],
+                       scratch);
+    });
+  }
 }
 
 void Backward(const BwdParams& p, Parallel& parallel) {
@@ -283,7 +344,7 @@ void Backward(const BwdParams& p, Parallel& parallel) {
   if (nothing) return;
 
   const int64_t group = p.h / p.g;
-  Blocks blocks = choose_blocks(p, *kernels, 128, 128, (p.d + p.e) * 12);
+  Blocks blocks = choose_blocks(p, *kernels, 128, 128, (p.d + p.e) * 12, 400 * 1024);
   const int64_t stride_k = ceil_div(p.d, kernels->lanes) * kernels->lanes;
   const int64_t stride_v = ceil_div(p.e, kernels->lanes) * kernels->lanes;
   // What dsinks is the sum of, [b, h, s].
@@ -321,7 +382,7 @@ void Backward(const BwdParams& p, Parallel& parallel) {
     const int64_t parts = whole ? 1 : ceil_div(kTasks, units.size());
     std::vector<Task> tasks;
     std::vector<KeyGrads> grads;
-    int64_t longest = 0;
+    int64_t longest = 0, packed = 0;
     for (Unit& x : units) {
       int64_t rows = x.z.q_len * group;
       int64_t count = std::max<int64_t>(1, std::min(parts, rows / (2 * blocks.rows)));
@@ -329,14 +390,20 @@ void Backward(const BwdParams& p, Parallel& parallel) {
       x.first = tasks.size();
       for (int64_t i = 0; i < std::max<int64_t>(1, x.z.q_len); i += size) {
         int64_t end = std::min(x.z.q_len, i + size);
-        tasks.push_back({x.b, x.i, x.g, i * group, end * group, 0, x.z.k_len, 0, 0});
         Range keys = end > i ? visible_keys(p, x.z, i, end) : Range{0, 0};
+        keys.begin -= keys.begin % 2;
+        int64_t count = keys.end - keys.begin;
+        if ((end - i) * group <= 2 * blocks.rows) count = 0;
+        tasks.push_back(
+            {x.b, x.i, x.g, i * group, end * group, 0, x.z.k_len, -1, nullptr, count + count % 2});
+        packed = std::max(packed, tasks.back().packed_count);
         grads.push_back({keys, nullptr, nullptr});
         longest = std::max(longest, keys.end - keys.begin);
       }
       x.count = tasks.size() - x.first;
     }
-    const int64_t floats = ceil_div(kernels->backward_scratch(p, blocks), 16) * 16;
+    const int64_t floats = std::max(kernels->backward_scratch(p, blocks, 0),
+                                    kernels->backward_scratch(p, blocks, packed));
     const bool cut = tasks.size() > units.size();
     // The sums: with the scratch of a thread, or if they must wait for others, of each task.
     const int64_t sums = longest * (stride_k + stride_v);
@@ -355,7 +422,7 @@ void Backward(const BwdParams& p, Parallel& parallel) {
       const Unit& x = units[i / pieces];
       int64_t j = i % pieces * kPiece;
       if (j >= x.z.k_len) return;
-      Task task{x.b, x.i, x.g, 0, 0, j, std::min(x.z.k_len, j + kPiece), 0, 0};
+      Task task{x.b, x.i, x.g, 0, 0, j, std::min(x.z.k_len, j + kPiece), -1, nullptr, 0};
       kernels->store_keys(p, task, &grads[x.first], x.count);
     });
   }

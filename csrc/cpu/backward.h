@@ -12,35 +12,40 @@ struct Backward {
   const BwdParams& p;
   int64_t keys, d, e, wide_d, wide_e;  // d and e in elements; as rows of vectors
   Tile tile;
+  Keys<As> block_keys, all_keys;
+  bool packed;  // all_keys is in use, not block_keys
   // q_in, do_in [panels][d or e, width]; q_out, do_out [panels][width, wide]: contracted over d or
   // e, and over rows.
   float *q_in, *q_out, *do_in, *do_out, *dq;
-  // k_in [keys, d], k_out [keys, p.d], v_in [keys, e]
-  float *k_in, *k_out, *v_in;
-  float *s, *ds, *slopes;             // [keys, width]
-  float *p_flat, *ds_flat, *ds_deep;  // as elements: [keys, width] twice, and contracted over keys
+  float *s, *ds, *slopes;  // [panels][keys, width]; slopes of one panel
+  // The same as elements: [panels][keys, width] twice, and contracted over keys.
+  float *p_flat, *ds_flat, *ds_deep;
   float *lse, *delta, *flat, *dbias_rows;
 
   static constexpr bool kPairs = As::kDepth == 2;
 
-  Backward(const BwdParams& p, const Blocks& blocks, Arena arena, int64_t* used = nullptr)
+  // `count`: as many keys are packed at the start of the task, not block by block; 0: none.
+  Backward(const BwdParams& p, const Blocks& blocks, int64_t count, Arena arena,
+           int64_t* used = nullptr)
       : p(p),
         keys(blocks.keys),
-        d((p.d + As::kDepth - 1) / As::kDepth),
-        e((p.e + As::kDepth - 1) / As::kDepth),
+        d(elements<As>(p.d)),
+        e(elements<As>(p.e)),
         wide_d(round_up(p.d, kLanes)),
         wide_e(round_up(p.e, kLanes)),
-        tile(p, blocks, arena) {
+        tile(p, blocks, arena),
+        block_keys(p, true, count ? 0 : keys, arena),
+        all_keys(p, true, count, arena),
+        packed(count > 0) {
     int64_t rows = blocks.rows, deep = rows / As::kDepth;
+    int64_t panels = (rows + kPanel - 1) / kPanel;
     q_in = arena.take(rows * round_up(d, kLanes)), do_in = arena.take(rows * round_up(e, kLanes));
     q_out = arena.take(deep * wide_d), do_out = arena.take(deep * wide_e);
     dq = arena.take(rows * wide_d);
-    k_in = arena.take(keys * d), v_in = arena.take(keys * e);
-    k_out = kPairs ? arena.take(keys / 2 * p.d) : k_in;
-    s = arena.take(keys * kPanel), ds = arena.take(keys * kPanel);
+    s = arena.take(panels * keys * kPanel), ds = arena.take(panels * keys * kPanel);
     slopes = p.softcap != 0 ? arena.take(keys * kPanel) : nullptr;
-    p_flat = kPairs ? arena.take(keys * kPanel / 2) : s;
-    ds_flat = kPairs ? arena.take(keys * kPanel / 2) : ds;
+    p_flat = kPairs ? arena.take(panels * keys * kPanel / 2) : s;
+    ds_flat = kPairs ? arena.take(panels * keys * kPanel / 2) : ds;
     ds_deep = kPairs ? arena.take(keys * kPanel / 2) : ds;
     lse = arena.take(rows), delta = arena.take(rows);
     flat = arena.take(kPanel * imax(wide_d, wide_e));
@@ -49,28 +54,25 @@ struct Backward {
   }
 
   float* panel(float* x, int64_t i, int64_t size) const { return x + i * kPanel * size; }
+  float* deep(float* x, int64_t i, int64_t size) const {
+    return x + i * kPanel / As::kDepth * size;
+  }
 
   void run(Task task, const KeyGrads& sums, const Blocks& blocks, float* weights) {
     memset(sums.dk, 0, (sums.keys.end - sums.keys.begin) * wide_d * sizeof(float));
     memset(sums.dv, 0, (sums.keys.end - sums.keys.begin) * wide_e * sizeof(float));
+    if (packed) {
+      all_keys.origin = sums.keys.begin;
+      all_keys.pack(task, sequence(p, task.b, task.i), sums.keys.begin, sums.keys.end);
+    }
     int64_t end = task.m1;
     for (int64_t m = task.m0; m < end; m += blocks.rows) {
       task.m0 = m, task.m1 = imin(m + blocks.rows, end);
       tile.set(task);
       load_rows(weights);
       Range seen = tile.seen();
-      for (int64_t j = seen.begin; j < seen.end; j += keys) {
-        KeyBlock block = tile.block(j, imin(j + keys, seen.end));
-        bool packed = false;
-        for (int64_t x = 0; x < tile.panels; ++x) {
-          Range r = tile.columns(x, block);
-          Tile::Meet meet = tile.meet(x, block);
-          if (r.begin == r.end || meet == Tile::Meet::kNone) continue;
-          if (!packed) pack_keys(block);
-          packed = true;
-          step(x, block, r, meet, sums);
-        }
-      }
+      for (int64_t j = seen.begin; j < seen.end; j += keys)
+        step(tile.block(j, imin(j + keys, seen.end)), sums);
       store_queries();
     }
   }
@@ -124,47 +126,77 @@ struct Backward {
     }
   }
 
-  float* deep(float* x, int64_t i, int64_t size) const {
-    return x + i * kPanel / As::kDepth * size;
-  }
-
-  void pack_keys(const KeyBlock& block) {
-    int64_t n = block.j1 - block.j0;
-    auto row = [&](const void* from, int64_t size) {
-      return [=](int64_t j) { return j < n ? tile.key(from, size, block.j0 + j) : nullptr; };
-    };
-    As::pack(p.dtype, round_up(n, 2), p.d, row(p.k, p.d), k_in, d);
-    As::pack(p.dtype, round_up(n, 2), p.e, row(p.v, p.e), v_in, e);
-    if (kPairs) As::pack_deep(p.dtype, round_up(n, 2), p.d, row(p.k, p.d), k_out, p.d);
-  }
-
-  void step(int64_t x, const KeyBlock& block, Range r, Tile::Meet meet, const KeyGrads& sums) {
+  void step(const KeyBlock& block, const KeyGrads& sums) {
     using Op = typename As::Op;
-    int64_t w = tile.width(x), n = r.end - r.begin, skip = r.begin - block.j0;
-    int64_t real = imin(r.end, block.j1) - r.begin;
-    gemm<Op, false>(
-        {n, w, d, k_in + skip * d, d, panel(q_in, x, round_up(d, kLanes)), w, s, w, Into::kStore});
-    gemm<Op, false>({n, w, e, v_in + skip * e, e, panel(do_in, x, round_up(e, kLanes)), w, ds, w,
-                     Into::kStore});
-    float c = tile.transform(x, r.begin, r.end, s, slopes);
-    tile.mask(x, r.begin, r.end, meet, s);
-    weigh(x, n, w, c);
-    if (p.dbias) add_dbias(x, r.begin, real);
-    if (p.softcap != 0)
-      for (int64_t i = 0; i < n * w; i += kLanes)
-        Simd::store(ds + i, Simd::mul(Simd::load(ds + i), Simd::load(slopes + i)));
-    if constexpr (kPairs) convert(n, w);
-    int64_t j = r.begin - sums.keys.begin, rows = w / As::kDepth;
-    gemm<Op, false>({real, wide_e, rows, p_flat, rows, deep(do_out, x, wide_e), wide_e,
-                     sums.dv + j * wide_e, wide_e, Into::kAdd});
-    gemm<Op, false>({real, wide_d, rows, ds_flat, rows, deep(q_out, x, wide_d), wide_d,
-                     sums.dk + j * wide_d, wide_d, Into::kAdd});
-    gemm<Op, true>({p.d, w, n / As::kDepth, k_out + skip / As::kDepth * p.d, p.d, ds_deep, w,
-                    panel(dq, x, wide_d), w, Into::kAdd});
+    bool ready = packed;
+    // The panels [first, x) have the range `r` of keys in common, and wait for their part in dV and
+    // dK.
+    int64_t first = 0;
+    Range r{0, 0};
+    for (int64_t x = 0; x <= tile.panels; ++x) {
+      Range own{0, 0};
+      Tile::Meet meet = Tile::Meet::kNone;
+      if (x < tile.panels) {
+        own = tile.columns(x, block);
+        meet = tile.meet(x, block);
+        if (meet == Tile::Meet::kNone) own = {0, 0};
+      }
+      bool same =
+          own.begin == r.begin && own.end == r.end && x < tile.panels && tile.width(x) == kPanel;
+      if (!same) {
+        int64_t n = imin(r.end, block.j1) - r.begin, j = r.begin - sums.keys.begin;
+        int64_t w = tile.width(first) / As::kDepth, stride = keys * kPanel / As::kDepth;
+        if (n > 0) {
+          gemm<Op, false>({n, wide_e, w, p_flat + first * stride, w, deep(do_out, first, wide_e),
+                           wide_e, sums.dv + j * wide_e, wide_e, Into::kAdd, nullptr, x - first,
+                           stride});
+          gemm<Op, false>({n, wide_d, w, ds_flat + first * stride, w, deep(q_out, first, wide_d),
+                           wide_d, sums.dk + j * wide_d, wide_d, Into::kAdd, nullptr, x - first,
+                           stride});
+        }
+        first = x, r = own;
+      }
+      if (own.begin == own.end) continue;
+      if (!ready) {
+        block_keys.origin = block.j0;
+        block_keys.pack(tile.task, tile.z, block.j0, block.j1);
+        ready = true;
+      }
+      panel_step(x, block, own, meet);
+    }
+  }
+
+  // P and dS of one panel, and its dQ.
+  void panel_step(int64_t x, const KeyBlock& block, Range r, Tile::Meet meet) {
+    using Op = typename As::Op;
+    const Keys<As>& from = packed ? all_keys : block_keys;
+    int64_t w = tile.width(x), n = r.end - r.begin;
+    float *own_s = s + x * keys * kPanel, *own_ds = ds + x * keys * kPanel;
+    gemm<Op, false>({n, w, d, from.k_at(r.begin), d, panel(q_in, x, round_up(d, kLanes)), w, own_s,
+                     w, Into::kStore});
+    gemm<Op, false>({n, w, e, from.v_at(r.begin), e, panel(do_in, x, round_up(e, kLanes)), w,
+                     own_ds, w, Into::kStore});
+    float c = tile.transform(x, r.begin, r.end, own_s, slopes);
+    tile.mask(x, r.begin, r.end, meet, own_s);
+    bool in_between = p.dbias || p.softcap != 0;
+    float *flat_p = p_flat + x * keys * kPanel / As::kDepth,
+          *flat_ds = ds_flat + x * keys * kPanel / As::kDepth;
+    if (kPairs && !in_between) {
+      weigh_pairs(x, n, w, c, own_s, own_ds, flat_p, flat_ds);
+    } else {
+      weigh(x, n, w, c, own_s, own_ds);
+      if (p.dbias) add_dbias(x, r.begin, imin(r.end, block.j1) - r.begin, own_ds);
+      if (p.softcap != 0)
+        for (int64_t i = 0; i < n * w; i += kLanes)
+          Simd::store(own_ds + i, Simd::mul(Simd::load(own_ds + i), Simd::load(slopes + i)));
+      if (kPairs) convert(n, w, own_s, own_ds, flat_p, flat_ds);
+    }
+    gemm<Op, true>({p.d, w, n / As::kDepth, from.k_deep_at(r.begin), p.d, kPairs ? ds_deep : own_ds,
+                    w, panel(dq, x, wide_d), w, Into::kAdd});
   }
 
   // s becomes P, ds (which is dP) becomes dS.
-  void weigh(int64_t x, int64_t n, int64_t w, float c) {
+  void weigh(int64_t x, int64_t n, int64_t w, float c, float* s, float* ds) const {
     using S = Simd;
     const S::F factor = S::set(c);
     for (int64_t l = 0; l < w; l += kLanes) {
@@ -179,26 +211,52 @@ struct Backward {
     }
   }
 
-  void convert(int64_t n, int64_t w) {
-#ifdef FLASHJAX_HAS_BF16
-    using S = Simd;
+  // P and dS, in float32, as elements.
+  void convert(int64_t n, int64_t w, const float* s, const float* ds, float* flat_p,
+               float* flat_ds) const {
     for (int64_t j = 0; j < n; j += 2)
       for (int64_t l = 0; l < w; l += kLanes) {
         int64_t o = j * w + l;
-        S::F a = S::load(ds + o), b = S::load(ds + o + w);
-        Pairs::store_flat(p_flat + o / 2, S::load(s + o));
-        Pairs::store_flat(p_flat + (o + w) / 2, S::load(s + o + w));
-        Pairs::store_flat(ds_flat + o / 2, a);
-        Pairs::store_flat(ds_flat + (o + w) / 2, b);
-        S::store(ds_deep + j / 2 * w + l, Pairs::zip(a, b));
+        store_pairs(o, w, Simd::load(s + o), Simd::load(s + o + w), Simd::load(ds + o),
+                    Simd::load(ds + o + w), flat_p, flat_ds, ds_deep + j / 2 * w + l);
       }
-#else
-    (void)n, (void)w;
-#endif
+  }
+
+  // Both at once.
+  void weigh_pairs(int64_t x, int64_t n, int64_t w, float c, const float* s, const float* ds,
+                   float* flat_p, float* flat_ds) const {
+    using S = Simd;
+    const S::F factor = S::set(c);
+    for (int64_t l = 0; l < w; l += kLanes) {
+      S::F shift = S::sub(S::zero(), S::load(lse + x * kPanel + l));
+      S::F mean = S::load(delta + x * kPanel + l);
+      for (int64_t j = 0; j < n; j += 2) {
+        int64_t o = j * w + l;
+        S::F p0 = exp2_to<true>(S::fma(S::load(s + o), factor, shift));
+        S::F p1 = exp2_to<true>(S::fma(S::load(s + o + w), factor, shift));
+        S::F d0 = S::mul(p0, S::sub(S::load(ds + o), mean));
+        S::F d1 = S::mul(p1, S::sub(S::load(ds + o + w), mean));
+        store_pairs(o, w, p0, p1, d0, d1, flat_p, flat_ds, ds_deep + j / 2 * w + l);
+      }
+    }
+  }
+
+  static void store_pairs(int64_t o, int64_t w, Simd::F p0, Simd::F p1, Simd::F d0, Simd::F d1,
+                          float* flat_p, float* flat_ds, float* deep_ds) {
+    if constexpr (kPairs) {
+      As::Op::store_flat(flat_p + o / 2, p0);
+      As::Op::store_flat(flat_p + (o + w) / 2, p1);
+      As::Op::store_flat(flat_ds + o / 2, d0);
+      As::Op::store_flat(flat_ds + (o + w) / 2, d1);
+      Simd::store(deep_ds, As::Op::zip(d0, d1));
+    } else {
+      (void)o, (void)w, (void)p0, (void)p1, (void)d0, (void)d1;
+      (void)flat_p, (void)flat_ds, (void)deep_ds;
+    }
   }
 
   // Adds dS of n keys from j0 on to dbias, where bias is broadcast its sum.
-  void add_dbias(int64_t x, int64_t j0, int64_t n) {
+  void add_dbias(int64_t x, int64_t j0, int64_t n, const float* ds) {
     using S = Simd;
     int64_t w = tile.width(x), stride = p.bias_shape.stride[4];
     for (int64_t l = 0; l < w; l += kLanes) {

@@ -10,26 +10,34 @@ namespace {
 template <class As>
 struct Forward {
   const FwdParams& p;
-  int64_t keys, d, e;  // d and e in elements of the micro-kernels
+  int64_t keys, d, e;  // d in elements of the micro-kernels
   Tile tile;
-  float *q, *o, *k, *v,
-      *s;  // q [panels][d, width], o [panels][e, width], k [keys, d], v [keys, e], s [keys, width]
+  Keys<As> block_keys, all_keys;
+  // q [panels][d, width], o [panels][e, width], s [keys, width]
+  float *q, *o, *s;
   float *most, *sum, *alpha, *flat;
 
-  Forward(const FwdParams& p, const Blocks& blocks, Arena arena, int64_t* used = nullptr)
+  // With packed keys in the task, its own blocks of keys stay unused.
+  Forward(const FwdParams& p, const Blocks& blocks, const Task& task, Arena arena,
+          int64_t* used = nullptr)
       : p(p),
         keys(blocks.keys),
-        d((p.d + As::kDepth - 1) / As::kDepth),
+        d(elements<As>(p.d)),
         e(p.e),
-        tile(p, blocks, arena) {
+        tile(p, blocks, arena),
+        block_keys(p, false, keys, arena),
+        all_keys(packed(p, task)) {
     q = arena.take(blocks.rows * round_up(d, kLanes));
     o = arena.take(blocks.rows * round_up(e, kLanes));
-    k = arena.take(keys * d);
-    v = arena.take(keys / As::kDepth * e);
     s = arena.take(keys * kPanel);
     most = arena.take(blocks.rows), sum = arena.take(blocks.rows), alpha = arena.take(kPanel);
     flat = arena.take(kPanel * imax(round_up(d, kLanes), round_up(e, kLanes)));
     if (used) *used = arena.used;
+  }
+
+  static Keys<As> packed(const Problem& p, const Task& task) {
+    Arena arena{task.packed};
+    return Keys<As>(p, false, task.packed_count, arena);
   }
 
   float* panel_q(int64_t x) const { return q + x * kPanel * round_up(d, kLanes); }
@@ -61,35 +69,44 @@ struct Forward {
     Range seen = tile.seen();
     for (int64_t j = seen.begin; j < seen.end; j += keys) {
       KeyBlock block = tile.block(j, imin(j + keys, seen.end));
-      bool packed = false;
+      bool ready = false;
       for (int64_t x = 0; x < tile.panels; ++x) {
         Range r = tile.columns(x, block);
         Tile::Meet meet = tile.meet(x, block);
         if (r.begin == r.end || meet == Tile::Meet::kNone) continue;
-        if (!packed) pack_keys(block);
-        packed = true;
-        step(x, block, r, meet);
+        if (!ready && !tile.task.packed) {
+          block_keys.origin = j;
+          block_keys.pack(tile.task, tile.z, j, block.j1);
+        }
+        ready = true;
+        if (tile.task.packed) fetch(x, block.j1, seen.end);
+        step(x, r, meet);
       }
     }
   }
 
-  void pack_keys(const KeyBlock& block) {
-    int64_t n = block.j1 - block.j0;
-    auto row = [&](const void* from, int64_t size) {
-      return [=](int64_t j) { return j < n ? tile.key(from, size, block.j0 + j) : nullptr; };
+  // Asks for this panel's share of the keys after j: the micro-kernels walk several rows side by
+  // side, which the hardware does not foresee.
+  void fetch(int64_t x, int64_t j, int64_t end) const {
+    int64_t next = imin(j + keys, end) & ~int64_t{1};
+    if (next <= j) return;
+    auto touch = [&](const float* from, const float* to) {
+      int64_t share = (to - from + tile.panels - 1) / tile.panels;
+      for (int64_t i = 0; i < share; i += 16) __builtin_prefetch(from + x * share + i, 0, 2);
     };
-    As::pack(p.dtype, round_up(n, 2), p.d, row(p.k, p.d), k, d);
-    As::pack_deep(p.dtype, round_up(n, 2), p.e, row(p.v, p.e), v, e);
+    touch(all_keys.k_at(j), all_keys.k_at(next));
+    touch(all_keys.v_deep_at(j), all_keys.v_deep_at(next));
   }
 
-  void step(int64_t x, const KeyBlock& block, Range r, Tile::Meet meet) {
+  void step(int64_t x, Range r, Tile::Meet meet) {
     using Op = typename As::Op;
-    int64_t w = tile.width(x), n = r.end - r.begin, skip = r.begin - block.j0;
-    gemm<Op, false>({n, w, d, k + skip * d, d, panel_q(x), w, s, w, Into::kStore});
+    const Keys<As>& from = tile.task.packed ? all_keys : block_keys;
+    int64_t w = tile.width(x), n = r.end - r.begin;
+    gemm<Op, false>({n, w, d, from.k_at(r.begin), d, panel_q(x), w, s, w, Into::kStore});
     float c = tile.transform(x, r.begin, r.end, s, nullptr);
     tile.mask(x, r.begin, r.end, meet, s);
     softmax(x, n, w, c);
-    gemm<Op, true>({e, w, n / As::kDepth, v + skip / As::kDepth * e, e, s, w, panel_o(x), w,
+    gemm<Op, true>({e, w, n / As::kDepth, from.v_deep_at(r.begin), e, s, w, panel_o(x), w,
                     Into::kScaleAdd, alpha});
   }
 
@@ -114,8 +131,8 @@ struct Forward {
       S::F total0 = S::zero(), total1 = S::zero();
       S::F minus = S::sub(S::zero(), shift);
       for (int64_t j = 0; j < n; j += 2) {
-        S::F p0 = exp2(S::fma(S::load(column + j * w), factor, minus));
-        S::F p1 = exp2(S::fma(S::load(column + (j + 1) * w), factor, minus));
+        S::F p0 = exp2_to<As::kDepth == 2>(S::fma(S::load(column + j * w), factor, minus));
+        S::F p1 = exp2_to<As::kDepth == 2>(S::fma(S::load(column + (j + 1) * w), factor, minus));
         total0 = S::add(total0, p0), total1 = S::add(total1, p1);
         if constexpr (As::kDepth == 2) {
           // Row j / 2 has been read already.

@@ -23,6 +23,9 @@ struct Gemm {
   int64_t ldc;
   Into into;
   const float* alpha = nullptr;
+  // Of a only: k runs over `pieces` of x.k each, piece_a floats apart (b goes on as if there were
+  // no pieces).
+  int64_t pieces = 1, piece_a = 0;
 };
 
 template <class Op, bool kTransposed, int kM, int kN>
@@ -35,17 +38,20 @@ inline void micro(const Gemm& x, const float* __restrict a, const float* __restr
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) sum[i][j] = S::zero();
   const int64_t lda = x.lda, ldb = x.ldb, ldc = x.ldc;
-  for (int64_t k = 0; k < x.k; ++k, b += ldb) {
-    typename S::F row[kN];
+  for (int64_t piece = 0; piece < x.pieces; ++piece) {
+    const float* from = a + piece * x.piece_a;
+    for (int64_t k = 0; k < x.k; ++k, b += ldb) {
+      typename S::F row[kN];
 #pragma GCC unroll 4
-    for (int j = 0; j < kN; ++j) row[j] = S::load(b + j * S::kLanes);
+      for (int j = 0; j < kN; ++j) row[j] = S::load(b + j * S::kLanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < kM; ++i) {
-      typename S::F element = S::set(kTransposed ? a[i] : a[i * lda]);
+      for (int i = 0; i < kM; ++i) {
+        typename S::F element = S::set(kTransposed ? from[i] : from[i * lda]);
 #pragma GCC unroll 4
-      for (int j = 0; j < kN; ++j) sum[i][j] = Op::madd(element, row[j], sum[i][j]);
+        for (int j = 0; j < kN; ++j) sum[i][j] = Op::madd(element, row[j], sum[i][j]);
+      }
+      from += kTransposed ? lda : 1;
     }
-    a += kTransposed ? lda : 1;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kM; ++i)

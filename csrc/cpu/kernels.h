@@ -13,10 +13,14 @@ namespace flashjax::cpu {
 // Rows of a task are (position, head) pairs, the heads of one key head innermost: row m of sequence
 // i of batch row b is query m / (h / g) of head g * (h / g) + m % (h / g).
 struct Task {
-  int64_t b, i, g;     // batch row, sequence in it, key head
-  int64_t m0, m1;      // rows
-  int64_t j0, j1;      // keys
-  int64_t tile, part;  // forward: number of the tile and of the part of its keys
+  int64_t b, i, g;  // batch row, sequence in it, key head
+  int64_t m0, m1;   // rows
+  int64_t j0, j1;   // keys
+  int64_t part;     // forward: number of the partial result; -1: the task has all keys
+  // Forward: the keys of the sequence, packed, with room for packed_count; null: the task packs
+  // them block by block. Backward: packed_count keys are packed in the scratch; 0: block by block.
+  float* packed;
+  int64_t packed_count;
 };
 
 // The keys are walked in blocks of `keys`, against `rows` rows at a time.
@@ -37,6 +41,10 @@ struct Kernels {
   int64_t panel;  // rows that go through the micro-kernels side by side
   int64_t lanes;  // dk_stride is d rounded up to lanes, dv_stride e rounded up to lanes
 
+  // Floats for `count` (even) packed keys, and packing of the task's, from an even one on.
+  int64_t (*packed_keys)(const FwdParams&, int64_t count);
+  void (*pack_keys)(const FwdParams&, const Task&);
+
   // Scratch is counted in floats and starts on a cache line. A partial result of forward is (e + 2)
   // * rows floats.
   int64_t (*forward_scratch)(const FwdParams&, const Blocks&);
@@ -47,7 +55,8 @@ struct Kernels {
   void (*combine)(const FwdParams&, const Blocks&, const Task&, const float* partial, int64_t count,
                   int64_t stride, float* scratch);
 
-  int64_t (*backward_scratch)(const BwdParams&, const Blocks&);
+  // Room for `count` (even) packed keys included.
+  int64_t (*backward_scratch)(const BwdParams&, const Blocks&, int64_t count);
   // Writes dq of the rows, adds to dbias, sets sums (which cover all keys that the rows see, and
   // need no initialization), and with `weights` [b, h, s] leaves there what dsinks is the sum of.
   void (*backward)(const BwdParams&, const Blocks&, const Task&, const KeyGrads& sums,

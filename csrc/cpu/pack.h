@@ -56,13 +56,6 @@ inline uint16_t float_to_f16(float f) {
   return static_cast<uint16_t>(sign | low);
 }
 
-// Whether Simd converts 16-bit floats itself.
-#if defined(__AVX2__)
-constexpr bool kConverts = true;
-#else
-constexpr bool kConverts = false;
-#endif
-
 inline void load_row(DType type, const char* x, int64_t n, float* y) {
   int64_t i = 0;
   if (type == DType::kF32) {
@@ -71,12 +64,12 @@ inline void load_row(DType type, const char* x, int64_t n, float* y) {
   }
   const uint16_t* u = reinterpret_cast<const uint16_t*>(x);
   if (type == DType::kBF16) {
-#if defined(__AVX2__)
+#ifdef FLASHJAX_SIMD_CONVERTS
     for (; i + kLanes <= n; i += kLanes) Simd::store(y + i, Simd::load_bf16(u + i));
 #endif
     for (; i < n; ++i) y[i] = bf16_to_float(u[i]);
   } else {
-#if defined(__AVX2__)
+#ifdef FLASHJAX_SIMD_CONVERTS
     for (; i + kLanes <= n; i += kLanes) Simd::store(y + i, Simd::load_f16(u + i));
 #endif
     for (; i < n; ++i) y[i] = f16_to_float(u[i]);
@@ -95,13 +88,13 @@ inline void store_row(DType type, const float* x, int64_t n, float scale, char* 
   }
   uint16_t* u = reinterpret_cast<uint16_t*>(y);
   if (type == DType::kBF16) {
-#if defined(__AVX2__)
+#ifdef FLASHJAX_SIMD_CONVERTS
     for (; i + kLanes <= n; i += kLanes)
       Simd::store_bf16(u + i, Simd::mul(Simd::load(x + i), factor));
 #endif
     for (; i < n; ++i) u[i] = float_to_bf16(x[i] * scale);
   } else {
-#if defined(__AVX2__)
+#ifdef FLASHJAX_SIMD_CONVERTS
     for (; i + kLanes <= n; i += kLanes)
       Simd::store_f16(u + i, Simd::mul(Simd::load(x + i), factor));
 #endif
@@ -168,6 +161,11 @@ struct AsPairs {
   }
 };
 #endif
+
+template <class As>
+int64_t elements(int64_t n) {
+  return (n + As::kDepth - 1) / As::kDepth;
+}
 
 }  // namespace
 }  // namespace flashjax::cpu

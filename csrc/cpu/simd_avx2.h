@@ -4,6 +4,9 @@
 
 #include <cstdint>
 
+// Simd loads and stores 16-bit floats.
+#define FLASHJAX_SIMD_CONVERTS 1
+
 namespace flashjax::cpu {
 namespace {
 
@@ -46,6 +49,9 @@ struct Simd {
   static M both(M a, M b) { return _mm256_and_ps(a, b); }
   static M andnot(M a, M b) { return _mm256_andnot_ps(a, b); }          // not a, and b
   static F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }  // m ? a : b
+
+  // a < b ? 0 : c, and c if unordered.
+  static F zero_if_less(F a, F b, F c) { return _mm256_andnot_ps(less(a, b), c); }
 
   static F load_bf16(const uint16_t* x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(

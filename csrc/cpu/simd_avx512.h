@@ -5,6 +5,9 @@
 
 #include <cstdint>
 
+// Simd loads and stores 16-bit floats.
+#define FLASHJAX_SIMD_CONVERTS 1
+
 namespace flashjax::cpu {
 namespace {
 
@@ -41,6 +44,11 @@ struct Simd {
   static M both(M a, M b) { return a & b; }
   static M andnot(M a, M b) { return static_cast<M>(~a & b); }              // not a, and b
   static F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }  // m ? a : b
+
+  // a < b ? 0 : c, and c if unordered.
+  static F zero_if_less(F a, F b, F c) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), c);
+  }
 
   static F load_bf16(const uint16_t* x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(

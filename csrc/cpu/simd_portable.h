@@ -58,6 +58,9 @@ struct Simd {
   static M andnot(M a, M b) { return ~a & b; }                                     // not a, and b
   static F select(M m, F a, F b) { return bits((bits(a) & m) | (bits(b) & ~m)); }  // m ? a : b
 
+  // a < b ? 0 : c, and c if unordered.
+  static F zero_if_less(F a, F b, F c) { return bits(bits(c) & ~(a < b)); }
+
   // y[c][r] = x[r][c] for a square of kLanes.
   static void transpose(const float* x, int64_t ldx, float* y, int64_t ldy) {
     for (int r = 0; r < kLanes; ++r)

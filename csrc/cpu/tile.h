@@ -67,10 +67,6 @@ struct Tile {
     return imin(kPanel, round_up(rows - panel * kPanel, kLanes));
   }
   bool plain() const { return p.softcap == 0 && !p.bias && !p.alibi_slopes && p.scale > 0; }
-  const char* key(const void* x, int64_t n, int64_t j) const {
-    int64_t row = key_row(p, task.b, z, j);
-    return row < 0 ? nullptr : element(x, p.dtype, (row * p.g + task.g) * n);
-  }
 
   void set(const Task& t) {
     task = t;
@@ -91,8 +87,9 @@ struct Tile {
     }
   }
 
-  // What any row of the tile or panel sees, and what all of its rows see. lo and hi never decrease.
-  Range seen() const { return {lo[0], imax(lo[0], hi[rows - 1])}; }
+  // What any row of the tile (from an even key on) or panel sees, and what all rows of it see.
+  // lo and hi never decrease.
+  Range seen() const { return {lo[0] - lo[0] % 2, imax(lo[0], hi[rows - 1])}; }
   Range seen(int64_t panel) const {
     int64_t first = panel * kPanel, last = imin(first + kPanel, rows) - 1;
     return {lo[first], imax(lo[first], hi[last])};

@@ -94,8 +94,9 @@ struct Array {
     return type == DType::kF32 ? static_cast<void*>(f32.data()) : static_cast<void*>(u16.data());
   }
   bool same(const Array& x) const {
-    return !memcmp(f32.data(), x.f32.data(), f32.size() * 4 * (type == DType::kF32)) &&
-           (u16.empty() || !memcmp(u16.data(), x.u16.data(), u16.size() * 2));
+    if (f32.empty()) return x.f32.empty();
+    return type == DType::kF32 ? !memcmp(f32.data(), x.f32.data(), f32.size() * 4)
+                               : !memcmp(u16.data(), x.u16.data(), u16.size() * 2);
   }
 };
 
@@ -103,7 +104,8 @@ struct Case {
   BwdParams p;
   Array q, k, v, bias, out, dout;
   std::vector<float> alibi, sinks, lse, dlse;
-  std::vector<int32_t> segment_q, segment_k, cu_q, cu_k, used_q, used_k, leftpad, batch_idx, pages;
+  std::vector<int32_t> segment_q, segment_k, cu_q, cu_k, used_q, used_k, leftpad, shift, batch_idx,
+      pages;
   bool paged = false, indirect = false;
 };
 
@@ -124,6 +126,11 @@ Case make(Random& r, int64_t extent) {
   p.window_left = r.chance(0.6) ? -1 : r.integer(0, extent / 2);
   p.window_right = r.chance(0.5) ? -1 : r.chance(0.6) ? 0 : r.integer(0, extent / 2);
   p.top_left = r.chance(0.3);
+  if (r.chance(0.15)) {
+    for (int64_t b = 0; b < p.b; ++b)
+      x.shift.push_back(static_cast<int32_t>(r.integer(-extent, extent)));
+    p.shift = x.shift.data();
+  }
   p.max_seqlen_q = p.max_seqlen_k = -1;
   p.num_splits = r.chance(0.2) ? r.integer(1, 5) : 0;
   x.paged = p.t > 0 && r.chance(0.12);
@@ -245,7 +252,8 @@ Wanted define(const Case& x) {
     for (int64_t n = 0; n < p.n; ++n)
       for (int64_t h = 0; h < p.h; ++h) {
         Sequence z = sequence(p, b, n);
-        int64_t g = h / (p.h / p.g), diagonal = p.top_left ? 0 : z.k_len - z.q_len;
+        int64_t g = h / (p.h / p.g);
+        int64_t diagonal = (p.top_left ? 0 : z.k_len - z.q_len) + (p.shift ? x.shift[b] : 0);
         for (int64_t i = 0; i < z.q_len; ++i) {
           int64_t query = (b * p.s + z.q_begin + i) * p.h + h;
           int64_t lse = (b * p.h + h) * p.s + z.q_begin + i;
@@ -316,16 +324,17 @@ Wanted define(const Case& x) {
 std::string describe(const Case& x) {
   const BwdParams& p = x.p;
   char text[400];
-  snprintf(
-      text, sizeof text,
-      "b %d s %d t %d h %d g %d d %d e %d n %d dtype %d scale %g softcap %g window %d %d "
-      "top_left %d splits %d bias %d alibi %d sinks %d segments %d cu %d used %d %d pad %d idx %d "
-      "pages %d",
-      int(p.b), int(p.s), int(p.t), int(p.h), int(p.g), int(p.d), int(p.e), int(p.n), int(p.dtype),
-      p.scale, p.softcap, int(p.window_left), int(p.window_right), p.top_left, int(p.num_splits),
-      p.bias != nullptr, p.alibi_slopes != nullptr, p.sinks != nullptr, p.segment_ids_q != nullptr,
-      p.cu_seqlens_q != nullptr, p.seqused_q != nullptr, p.seqused_k != nullptr,
-      p.leftpad != nullptr, x.indirect, x.paged);
+  snprintf(text, sizeof text,
+           "b %d s %d t %d h %d g %d d %d e %d n %d dtype %d scale %g softcap %g window %d %d "
+           "top_left %d shift %d splits %d bias %d alibi %d sinks %d segments %d cu %d used %d %d "
+           "pad %d idx %d "
+           "pages %d",
+           int(p.b), int(p.s), int(p.t), int(p.h), int(p.g), int(p.d), int(p.e), int(p.n),
+           int(p.dtype), p.scale, p.softcap, int(p.window_left), int(p.window_right), p.top_left,
+           p.shift != nullptr, int(p.num_splits), p.bias != nullptr, p.alibi_slopes != nullptr,
+           p.sinks != nullptr, p.segment_ids_q != nullptr, p.cu_seqlens_q != nullptr,
+           p.seqused_q != nullptr, p.seqused_k != nullptr, p.leftpad != nullptr, x.indirect,
+           x.paged);
   return text;
 }
 
@@ -360,7 +369,7 @@ struct Results {
   std::vector<float> lse, dbias, dsinks;
   bool same(const Results& x) const {
     auto equal = [](const std::vector<float>& a, const std::vector<float>& b) {
-      return a.size() == b.size() && !memcmp(a.data(), b.data(), a.size() * 4);
+      return a.size() == b.size() && (a.empty() || !memcmp(a.data(), b.data(), a.size() * 4));
     };
     return out.same(x.out) && dq.same(x.dq) && dk.same(x.dk) && dv.same(x.dv) &&
            equal(lse, x.lse) && equal(dbias, x.dbias) && equal(dsinks, x.dsinks);
@@ -450,11 +459,11 @@ void test_check() {
   }
   int32_t two[] = {3, 9};
   p.seqused_k = two;
-  says("`seqused_k`[1] is 9");
+  says("`cache_seqlens`[1] is 9");
   p.seqused_k = nullptr, p.leftpad = two;
-  says("`leftpad`[1] is 9");
+  says("`cache_leftpad`[1] is 9");
   p.leftpad = nullptr, p.batch_idx = two;
-  says("`batch_idx`[0] is 3");
+  says("`cache_batch_idx`[0] is 3");
   p.batch_idx = nullptr;
   int32_t falling[] = {0, 3, 2, 1}, over[] = {0, 4, 0, 5}, negative[] = {-1, 2, 0, 2};
   p.cu_seqlens_q = falling;
