@@ -57,7 +57,10 @@ def support() -> str:
         arch = f"sm_{row['arch_min']}a" if row["arch_min"] == row["arch_max"] else f"sm_{row['arch_min']} and later"
         dims = row["d"] if row["d"] == row["e"] else f"{row['d']}/{row['e']}"
         unit = f" (multiples of {row['unit']})" if int(row.get("unit", 1)) > 1 else ""
-        missing = ", ".join(name for bit, name in enumerate(names) if not row["set"] >> bit & 1) or "none"
+        lacks = [name for bit, name in enumerate(names) if not row["set"] >> bit & 1]
+        if row["direction"] == "Forward":
+            lacks = [name for name in lacks if name != "deterministic"]  # every forward is
+        missing = ", ".join(lacks) or "none"
         key = ("CUDA, " + arch, row["family"], row["direction"].lower(), unit, missing)
         found = merged.setdefault(key, ({}, {}))
         found[0][dtypes[row["dtype"]]] = found[1][dims] = None
@@ -104,6 +107,10 @@ def result(path, text=report.tables) -> str:
     return f"{source}\n\n{text(data)}" + command(f"{data['command']}\n{show} bench/results/{path}")
 
 
+def benchmarks(folder) -> list[pathlib.Path]:
+    return [path for path in sorted((RESULTS / folder).glob("*.json")) if "ceilings" in json.loads(path.read_text())]
+
+
 def memory_result() -> str:
     return result("cpu/memory.json", memory.memory_table)
 
@@ -113,7 +120,7 @@ BLOCKS = {
     "slots": slots,
     "cpu": lambda: result("cpu/attention.json"),
     "memory": memory_result,
-    "h200": lambda: result("h200/bench.json"),
+    "h200": lambda: "\n\n".join(result(path.relative_to(RESULTS)) for path in benchmarks("h200")),
 }
 
 

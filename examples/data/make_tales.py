@@ -128,7 +128,7 @@ def tales(size=SIZE, seed=1):
     pick, text = Picker(seed), ""
     while len(text) < size:
         text += tale(pick)
-    return text
+    return text.rstrip() + "\n"
 
 
 if __name__ == "__main__":
