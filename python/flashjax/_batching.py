@@ -75,7 +75,12 @@ def fold(call: Call, operands) -> list[jax.Array]:
         if slot.letters[0] == "c" and call.is_indirect and not own_cache:
             return x.reshape(own)  # every table goes on pointing into the one cache
         may_be_one = slot.dims.split()[0].endswith("?")
-        if may_be_one and own[0] == 1 and not is_mapped and not (call.direction == BACKWARD and slot.name in call.wanted):
+        if (
+            may_be_one
+            and own[0] == 1
+            and not is_mapped
+            and not (call.direction == BACKWARD and slot.name in call.wanted)
+        ):
             return x.reshape(own)
         first = b if may_be_one else own[0]
         x = jnp.broadcast_to(x, (*lead, first, *own[1:]))

@@ -1,4 +1,4 @@
-"""What JAX does not offer under a public name, or offers under names that change. tests/test_transforms.py watches it."""
+"""What JAX does not offer under a public name, or under one that changes. tests/test_transforms.py watches it."""
 
 import importlib
 

@@ -1,7 +1,7 @@
 """The operation as JAX primitives that can be differentiated in both modes, to any order.
 
 flashjax_attention computes out and lse. Its derivative is flashjax_tangent, linear in the tangents and computed by the
-reference; the transpose of that is flashjax_backward, which has kernels. Derivatives of the last two are the reference's.
+reference; the transpose of that is flashjax_backward, which has kernels. Those two have the reference's derivatives.
 """
 
 import functools
@@ -185,7 +185,8 @@ def _primitive(direction: str, jvp) -> Primitive:
     for platform in ("cpu", "cuda", None):
 
         def lower(ctx, *values, names, attrs, wanted, platform=platform):
-            return _partition.lower(ctx, Call(direction, names, attrs, wanted), platform or "other", *values)
+            named = platform or "/".join(ctx.platforms or ctx.module_context.platforms)
+            return _partition.lower(ctx, Call(direction, names, attrs, wanted), named, *values)
 
         mlir.register_lowering(primitive, lower, platform=platform)
     _compat.requires_devices(primitive)

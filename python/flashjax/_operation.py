@@ -63,9 +63,7 @@ class Call:
         """What computes this call on a platform: "cpu", "cuda" or "reference"."""
         if self.direction == TANGENT:
             return "reference"
-        return _support.resolve(
-            self.direction, dict(zip(self.names, operands, strict=False)), self.attrs, platform
-        )
+        return _support.resolve(self.direction, dict(zip(self.names, operands, strict=False)), self.attrs, platform)
 
     def compute(self, implementation: str, *operands) -> list[jax.Array]:
         """The results, from operands without leading axes."""

@@ -199,7 +199,8 @@ def outside_types(function, shardings):
         mesh = next((t.mesh for x in operands if not (t := jax.typeof(x).sharding).mesh.empty), _NO_MESH)
         if AxisType.Explicit not in mesh.axis_types:
             return function(*operands)
-        return jax.sharding.auto_axes(function, out_sharding=list(shardings))(*operands)
+        typed = [NamedSharding(mesh, sharding.spec) for sharding in shardings]
+        return jax.sharding.auto_axes(function, out_sharding=typed)(*operands)
 
     return run
 
