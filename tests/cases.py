@@ -77,6 +77,7 @@ class Case:
     q_gain: float = 1.0
     kv_equal: bool = False  # all keys equal: every visible key has the same weight
     inert: tuple[str, ...] = ()  # features that are set and must change nothing
+    declined_by: tuple[str, ...] = ()  # implementations that say that they cannot; the reference takes everything
 
     @property
     def v_dim(self) -> int:
@@ -220,6 +221,7 @@ class Case:
                 keys = np.diff(self.cu_k or self.cu_q)[i] if self.used_k is None else self.used_k[i]
             else:
                 queries, keys = self.s, np.broadcast_to(self.lengths, self.b)[i] + self.new
+                keys -= self.leftpad[i] if self.leftpad else 0
             if letters[2] == "s":
                 bias[i, :, queries:] = np.nan
             if letters[3] == "t":
@@ -367,7 +369,10 @@ def _dense():
     ]
     for d, e, dtype, reason in dims:
         name = f"dim-{d}" if e in (None, d) else f"dim-{d}-{e}"
-        yield Case(name, reason, b=1, s=35, t=67, h=2, g=1, d=d, e=e, dtype=dtype, causal=d % 2 == 0)
+        declined = ("cpu",) if d > 512 else ()
+        yield Case(
+            name, reason, b=1, s=35, t=67, h=2, g=1, d=d, e=e, dtype=dtype, causal=d % 2 == 0, declined_by=declined
+        )
 
     for h, g, reason in [
         (1, 1, "a single head"),
@@ -591,6 +596,7 @@ def _packed():
     yield packed("used-both-bfloat16", "both tails", a, used_q=(5, 46, 44), used_k=(9, 1, 21), dtype="bfloat16", d=64)
     yield packed("window", "the window counts inside each sequence", (0, 17, 90, 130), window=(6, 2))
     yield packed("window-keys", "window, own key offsets", (0, 9, 60), (0, 31, 131), window=(11, 0))
+    yield packed("scale", "a scale of the caller", a, scale=0.5, d=5)
     yield packed("softcap", "the cap", a, softcap=2.0, q_gain=4.0)
     yield packed("bias", "bias by positions inside each sequence", a, bias="b h s t")
     yield packed("bias-shared", "one bias for all sequences", a, (0, 20, 60, 99), bias="1 1 s t", causal=True)
@@ -783,6 +789,13 @@ def _cached():
     yield cached("alibi", "slopes on a cache", s=2, lengths=(20, 50), alibi="h", causal=True)
     yield cached("sinks", "sinks on a cache", lengths=(20, 50), sinks="normal")
     yield cached("bias", "bias by cache position", lengths=(20, 50), bias="b h s t")
+    yield cached(
+        "bias-leftpad",
+        "the bias counts from the first key after the padding",
+        lengths=(20, 50),
+        leftpad=(3, 17),
+        bias="b 1 s t",
+    )
     yield cached("splits", "keys split into three parts", t=300, lengths=(100, 299), num_splits=3)
     yield cached("splits-empty", "some parts hold no key", t=300, lengths=(5, 0), num_splits=8, sinks="normal")
     yield cached("dims", "v narrower, one key head", h=6, g=1, d=40, e=24, lengths=(20, 50), new=1)

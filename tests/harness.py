@@ -1,35 +1,55 @@
 """Calls the public functions with the inputs of a case."""
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import flashjax
 from cases import DIFFERENTIABLE, Case, Inputs
+
+
+def _compiler_options(implementation):
+    """The reference is long to compile, and its results do not need to come fast."""
+    cpu = jax.default_backend() == "cpu"
+    return {"xla_backend_optimization_level": 0} if implementation == "reference" and cpu else None
+
+
+def expect_decline(case: Case, implementation: str):
+    """Of a case that an implementation cannot serve, it must say so before anything runs."""
+    if implementation in case.declined_by:
+        return pytest.raises(NotImplementedError, match=f'implementation="{implementation}" cannot serve')
+    return contextlib.nullcontext()
 
 
 def to_device(arrays: dict) -> dict:
     return jax.tree.map(jnp.asarray, arrays)
 
 
-def function(case: Case, inputs: Inputs, implementation: str | None, **options):
-    """A jitted f(arrays) -> (out, lse[, k_cache, v_cache])."""
+def _public(case: Case, inputs: Inputs, implementation: str | None, **options):
     lse = "return_softmax_lse" if case.layout == "cached" else "return_lse"
     call = functools.partial(
         getattr(flashjax, case.function), **{lse: True, **inputs.options, **options}, implementation=implementation
     )
-    return jax.jit(lambda arrays: call(**arrays))
+    return lambda arrays: call(**arrays)
+
+
+def function(case: Case, inputs: Inputs, implementation: str | None, **options):
+    """A jitted f(arrays) -> (out, lse[, k_cache, v_cache])."""
+    call = _public(case, inputs, implementation, **options)
+    return jax.jit(call, compiler_options=_compiler_options(implementation))
 
 
 def differentiated(case: Case, inputs: Inputs, implementation: str | None, **options):
     """A jitted f(arrays, (dout, dlse)) -> ((out, lse), gradients by name)."""
-    forward = function(case, inputs, implementation, **options)
+    call = _public(case, inputs, implementation, **options)
 
     def run(arrays, cotangents):
         wanted = {name: arrays[name] for name in DIFFERENTIABLE if name in arrays}
         rest = {name: x for name, x in arrays.items() if name not in wanted}
-        results, vjp = jax.vjp(lambda wanted: forward(wanted | rest), wanted)
+        results, vjp = jax.vjp(lambda wanted: call(wanted | rest), wanted)
         return results, vjp(cotangents)[0]
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=_compiler_options(implementation))
