@@ -69,7 +69,8 @@ def versions(impls) -> dict[str, str]:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            continue
+            if package == "flashjax":  # on PYTHONPATH
+                found[package] = importlib.import_module(package).__version__
     return found
 
 
