@@ -1,13 +1,20 @@
 """Memory grows with s + t: an s x t array of scores would show at once."""
 
+import functools
 import json
+import os
 import subprocess
 import sys
 import textwrap
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from conftest import ON_GPU
+import flashjax
+
+ON_GPU = jax.default_backend() == "gpu"
 
 SCRIPT = """
 import json, resource, sys
@@ -76,3 +83,31 @@ def test_grouped_keys_are_not_repeated():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) < 16, "times the keys"
+
+
+@pytest.mark.slow
+def test_more_than_2_to_31_elements(compiled):
+    """The last key of 2**20 + 64 decides, of a cache with more elements than an int32 counts; then of its pages."""
+    if not ON_GPU and os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8 << 30:
+        pytest.skip("needs 8 GiB")
+    t, g, d, page = (1 << 20) + 64, 16, 128, 64
+    last = jnp.asarray(np.random.default_rng(0).standard_normal((g, d)), jnp.bfloat16)
+
+    @jax.jit
+    def fill(last):
+        return jnp.where(jnp.arange(t)[:, None, None] == t - 1, last, jnp.bfloat16(0))[None]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def cut(cache):
+        return cache.reshape(t // page, page, g, d)
+
+    def check(cache, **extra):
+        assert cache.size > 2**31
+        out = flashjax.flash_mha_with_kvcache(
+            last[None, None], cache, cache, softmax_scale=1.0, implementation=compiled, **extra
+        )
+        np.testing.assert_allclose(np.asarray(out[0, 0], np.float32), np.asarray(last, np.float32), rtol=1e-2)
+
+    cache = fill(last)
+    check(cache)
+    check(cut(cache), page_table=jnp.arange(t // page, dtype=jnp.int32)[None])
