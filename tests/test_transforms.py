@@ -374,12 +374,10 @@ def test_checkpoint(random, policy, mapped):
     function = jax.grad(net)
     if mapped:
         function, q = jax.vmap(function, in_axes=(None, 0)), q[None]
-    compiled = jax.jit(function).lower(w, q).compile()
-    if mapped or policy != "none":
-        jaxpr = jax.make_jaxpr(function)(w, q).jaxpr
-        assert len(list(equations(jaxpr, "flashjax_backward"))) == 3
-        assert len(list(equations(jaxpr, "flashjax_attention"))) in (forwards, forwards - 1)
-    close(np.reshape(compiled(w, q), (3, 3)), jax.grad(net)(w, arrays["q"]), 1e-5)
+    jaxpr = jax.make_jaxpr(function)(w, q).jaxpr
+    assert len(list(equations(jaxpr, "flashjax_backward"))) == 3
+    assert len(list(equations(jaxpr, "flashjax_attention"))) == forwards
+    close(np.reshape(jax.jit(function)(w, q), (3, 3)), jax.grad(net)(w, arrays["q"]), 1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- jit, modes, platforms
