@@ -59,10 +59,10 @@ def figure(row, factor) -> str:
     return f"{value:.0f}" if value >= 20 else f"{value:.2f}"
 
 
-def ratios(cases) -> dict[str, dict[str, float]]:
-    """case -> peer -> how many times faster than the peer we are."""
+def ratios(cases, time="ms_median") -> dict[str, dict[str, float]]:
+    """case -> peer -> how many times as long as ours the peer takes."""
     return {
-        case: {name: row["ms_median"] / impls[OURS]["ms_median"] for name, row in impls.items() if name != OURS}
+        case: {name: row[time] / impls[OURS][time] for name, row in impls.items() if name != OURS}
         for case, impls in cases.items()
         if OURS in impls and len(impls) > 1
     }
@@ -84,10 +84,14 @@ def mode_table(result, mode) -> str:
     if faster:
         best = [min(peers.values()) for peers in faster.values()]
         text += f"\n\nTo the best peer of each row: {geomean(best):.2f}x (geometric mean), {min(best):.2f}x (smallest)."
-        for name in names:
-            against = [peers[name] for peers in faster.values() if name in peers]
-            if against:
-                text += f" To {name}: {geomean(against):.2f}x, {min(against):.2f}x."
+        measures = [("", faster)]
+        if "cores" in result["device"]:  # a CPU, which may have had other work to do
+            measures.append((" in processor time", ratios(cases, "cpu_ms")))
+        for what, measured in measures:
+            for name in names:
+                against = [peers[name] for peers in measured.values() if name in peers]
+                if against:
+                    text += f" To {name}{what}: {geomean(against):.2f}x, {min(against):.2f}x."
     return text
 
 
