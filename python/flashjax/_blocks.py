@@ -48,7 +48,12 @@ class Mask(NamedTuple):
 def blocks(queries: Sequence[Piece], keys: Sequence[Piece], mask: Mask, can_merge: bool = True) -> tuple[Block, ...]:
     """The calls that make up the attention of one device's queries to another's (or its own) keys."""
     is_order = mask.left < 0 and mask.right == 0 and mask.offset == 0 and not mask.is_positional
-    if can_merge and is_order and queries == keys and all(p.start + p.length <= q.start for p, q in itertools.pairwise(keys)):
+    if (
+        can_merge
+        and is_order
+        and queries == keys
+        and all(p.start + p.length <= q.start for p, q in itertools.pairwise(keys))
+    ):
         end = keys[-1].offset + keys[-1].length  # rows and keys are in order here, and causality asks no more
         return (Block((0, end), (0, end), -1, 0, 0),)
     found = [block for q in queries for k in keys if (block := _block(q, k, mask)) is not None]

@@ -1,8 +1,10 @@
 """What JAX does not offer under a public name, or under one that changes. tests/test_transforms.py watches it."""
 
+import contextlib
 import importlib
 
 import jax
+import jax.core
 
 
 def requires_devices(primitive) -> None:
@@ -35,3 +37,9 @@ def typed(like, shape, dtype, sharding, axes):
     """The type of a result, on the mesh and in the memory of `like`, varying over `axes`."""
     axes = like.manual_axis_type.update(varying=axes)
     return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding, manual_axis_type=axes)
+
+
+def manual_axes(sizes):
+    """A context in which a lowering may name mesh axes that are manual around its call."""
+    core = importlib.import_module("jax._src.core")
+    return core.extend_axis_env_nd(list(sizes.items())) if sizes else contextlib.nullcontext()

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from flashjax import _batching, _compat, _partition, _reference
+from flashjax import _batching, _compat, _partition, _reference, _ring
 from flashjax._operation import BACKWARD, FORWARD, TANGENT, Call
 from flashjax._slots import DIFFERENTIABLE, in_order
 from flashjax._types import Arrays, Attrs
@@ -61,7 +61,7 @@ def _reference_of(call: Call):
 
     def run(*operands):
         shardings = _partition.result_shardings(call, [jax.typeof(x) for x in operands])
-        function = _batching.folded(call, lambda *xs: call.compute("reference", *xs))
+        function = _batching.folded(call, functools.partial(_ring.reference, call))
         return _partition.outside_types(function, shardings)(*operands)
 
     return run

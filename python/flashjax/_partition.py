@@ -1,21 +1,24 @@
-"""Several devices: every device computes its own part of the batch and of the heads, and nothing is gathered.
+"""Several devices: every device computes its part of the batch, the heads and the sequence, and nothing is gathered.
 
 The plan is one for all three ways in which JAX says where arrays are: Auto meshes, where the partitioner asks
 (custom_partitioning); Explicit ones, where the types say (lowered as a shard_map); manual ones, where the call already
-is one device's. Sharded sequences and dims are gathered.
+is one device's. Sharded dims are gathered, and sequences where _ring.py knows no way to split them.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flashjax import _batching, _compat
+from flashjax import _batching, _compat, _ring
+from flashjax._line import Line
 from flashjax._operation import BACKWARD, Call
 from flashjax._slots import Slot
 
@@ -29,29 +32,35 @@ class Plan:
 
     lead: tuple[Axes, ...]  # the axes that vmap added
     b: Axes
-    s: Axes  # what the types of results say; no computation is split so (a ring over the keys would be)
+    s: Axes  # what the types of results say of their queries
+    ring: Axes  # over queries and keys, where the computation is split so
     kv: Axes  # over key heads
     extra: Axes  # over the query heads of one part of the key heads
 
     @property
     def computing(self) -> frozenset[str]:
-        return frozenset(sum(self.lead, ()) + self.b + self.kv + self.extra)
+        return frozenset(sum(self.lead, ()) + self.b + self.ring + self.kv + self.extra)
 
     def spec(self, call: Call, slot: Slot, shape, lead_sizes, of_type=False) -> P:
         """Where an array of the plan's call is: split as it is computed with, or as its type says."""
-        axes = {"b": self.b, "g": self.kv, "h": self.kv + self.extra, "s": self.s if of_type else ()}
+        axes = {"b": self.b, "g": self.kv, "h": self.kv + self.extra}
+        axes |= {"s": self.s} if of_type else {"s": self.ring, "t": self.ring}
         axes |= {i: axes_ for i, axes_ in enumerate(self.lead)}
         keys = _keys(call, slot, shape, lead_sizes)
         return P(*(axes.get(key, ()) or None for key in keys))
 
 
 def _keys(call: Call, slot: Slot, shape, lead_sizes) -> list:
-    """What each dimension of an array is: a leading axis (its number), "b", "s", "h", "g", or None."""
-    keys = [i if extent == size else None for i, (extent, size) in enumerate(zip(shape, lead_sizes, strict=False))]
-    for dim, extent in zip(slot.dims.split(), shape[len(lead_sizes) :], strict=True):
+    """What each dimension of an array is: a leading axis (its number), "b", "s", "t", "h", "g", or None."""
+    keys: list = [
+        i if extent == size else None for i, (extent, size) in enumerate(zip(shape, lead_sizes, strict=False))
+    ]
+    own = shape[len(lead_sizes) :]
+    sequence = _ring.split_axis(call, slot, own)
+    for i, (dim, extent) in enumerate(zip(slot.dims.split(), own, strict=True)):
         letter = "b" if dim == "c" and not call.is_indirect else dim[0]
-        splits = letter in "bshg" and not (dim.endswith("?") and extent == 1)
-        keys.append(letter if splits and not (slot.name == "bias" and letter == "s") else None)
+        splits = i == sequence or (letter in "bhg" and not (dim.endswith("?") and extent == 1))
+        keys.append(letter if splits else None)
     return keys
 
 
@@ -64,8 +73,8 @@ def plan(call: Call, operands, mesh_shape, placed) -> Plan:
     """The plan that follows what is `placed`, (slot, shape, spec) each, where the first to split a thing decides."""
     lead_sizes = call.leading_sizes(operands)
     q, k = operands[0], operands[1]
-    b, _, h, _ = q.shape[-4:]
-    g = k.shape[-2]
+    b, s, h, _ = q.shape[-4:]
+    t, g = k.shape[-3:-1]
     wish: dict = {}
     for slot, shape, spec in placed:
         for key, entry in zip(_keys(call, slot, shape, lead_sizes), spec, strict=False):
@@ -95,8 +104,12 @@ def plan(call: Call, operands, mesh_shape, placed) -> Plan:
     rows = grant("b", lambda axes: b % parts(axes) == 0)
     heads = grant("h" if "h" in wish else "g", lambda axes: split_of_heads(axes) is not None)
     count = split_of_heads(heads) or 0
-    s = grant("s", lambda axes: q.shape[-3] % parts(axes) == 0)
-    return Plan(lead, rows, s, heads[:count], heads[count:])
+    ring = sequence = grant("s" if "s" in wish else "t", lambda axes: s % parts(axes) == 0)
+    own, own_keys = h // parts(heads), g // parts(heads[:count])
+    extents = _ring.Extents(s, t, own, max(1, own * g // h) if heads[count:] else own_keys)
+    while ring and (parts(ring) == 1 or _ring.choose(call, extents, Line.of(ring, mesh_shape)) is None):
+        ring = ring[:-1]
+    return Plan(lead, rows, sequence if "s" in wish else (), ring, heads[:count], heads[count:])
 
 
 def part(call: Call, how: Plan, implementation: str, mesh_shape, operands):
@@ -107,6 +120,11 @@ def part(call: Call, how: Plan, implementation: str, mesh_shape, operands):
     out_specs = [how.spec(call, slot, t[0], lead_sizes) for slot, t in zip(call.results, types, strict=True)]
     heads_axis = len(lead_sizes) + 2
     group = operands[0].shape[-2] // max(1, operands[1].shape[-2])
+
+    def compute(*xs):
+        if how.ring:
+            return _ring.compute(call, implementation, Line.of(how.ring, mesh_shape), xs)
+        return _ring.run(call, implementation, *xs)
 
     def first_head(own):
         index = 0
@@ -127,7 +145,7 @@ def part(call: Call, how: Plan, implementation: str, mesh_shape, operands):
                 else x
                 for slot, x in zip(call.operands, xs, strict=True)
             ]
-        results = _batching.folded(call, lambda *ys: call.compute(implementation, *ys))(*xs)
+        results = _batching.folded(call, compute)(*xs)
         if call.direction != BACKWARD:
             return tuple(results)
         return tuple(
@@ -182,10 +200,12 @@ def lower(ctx, call: Call, platform: str, *values):
     ):
         run = _in_custom_partitioning(call, implementation)
     else:
-        run = _batching.folded(call, lambda *xs: call.compute(implementation, *xs))
+        run = _batching.folded(call, functools.partial(_ring.run, call, implementation))
+
+    line = call.attrs.sequence.line
 
     def without_types(*xs):
-        with jax.sharding.use_abstract_mesh(context):
+        with jax.sharding.use_abstract_mesh(context), _compat.manual_axes(line.sizes_by_name if line else {}):
             return run(*xs)
 
     plain = [jax.core.ShapedArray(x.shape, x.dtype) for x in operands]
@@ -215,7 +235,7 @@ def _in_shard_map(call, implementation, operands, mesh, axes):
 def _in_custom_partitioning(call, implementation):
     @custom_partitioning
     def run(*xs):
-        return tuple(_batching.folded(call, lambda *ys: call.compute(implementation, *ys))(*xs))
+        return tuple(_batching.folded(call, functools.partial(_ring.run, call, implementation))(*xs))
 
     def partition(mesh, operands, results):
         slots = call.results + call.operands
@@ -242,7 +262,7 @@ def _in_custom_partitioning(call, implementation):
 def _rule(call: Call, operands, results) -> SdyShardingRule:
     """Which dimensions are split alike, for the propagation of shardings."""
     lead_sizes = call.leading_sizes(operands)
-    h, g = operands[0].shape[-2], operands[1].shape[-2]
+    (s, h), (t, g) = (x.shape[-3:-1] for x in operands[:2])
     group = h // g
     # Query head i reads key head i // group, so key heads are the major factor. A factor in a compound may not be 1.
     heads = CompoundFactor("g", "group") if g > 1 and group > 1 else "g" if group == 1 else "group"
@@ -256,6 +276,8 @@ def _rule(call: Call, operands, results) -> SdyShardingRule:
             if key is None or extent == 1:
                 count += 1
                 dims.append(f"own{count}")
+            elif key == "t":  # where queries are split, so are their keys
+                dims.append("s" if s == t and _ring.has_parts(call) else key)
             else:
                 dims.append(heads if key == "h" else f"lead{key}" if isinstance(key, int) else key)
         return ArrayMapping(*dims)

@@ -4,7 +4,20 @@ import dataclasses
 
 import jax
 
+from flashjax._layouts import SequenceLayout
+from flashjax._line import Line
+
 Arrays = dict[str, jax.Array]  # slot name -> array; an absent argument has no key
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How sequences lie in their arrays, and how devices that hold parts of them share the work."""
+
+    layout: SequenceLayout = dataclasses.field(default_factory=SequenceLayout)
+    strategy: str = "auto"  # or one of _ring.STRATEGIES
+    line: Line | None = None  # the devices whose parts the operands are, where the call already is one device's
+    is_self: bool = True  # packed keys lie at the positions of their queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,3 +37,4 @@ class Attrs:
     deterministic: bool = False
     num_splits: int = 0
     implementation: str | None = None  # "cpu", "cuda", "reference"; None: the best for the platform. Never sent
+    sequence: Split = dataclasses.field(default_factory=Split)  # never sent

@@ -1,0 +1,530 @@
+"""Attention of a sequence that is split over several devices, each with a part of the queries and of the keys.
+
+ring: keys and values travel from device to device, and the results of all parts are merged by their log-sum-exp; in the
+backward their gradients travel along. allgather: every device gets all keys. ulysses: every device gets the whole
+sequence of some heads. Each is the function that one device runs, between collectives over a `Line`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flashjax import _blocks, _support
+from flashjax._blocks import Block, Mask
+from flashjax._layouts import SequenceLayout
+from flashjax._line import Line
+from flashjax._operation import FORWARD, TANGENT, Call
+from flashjax._slots import SLOTS, Slot, in_order
+from flashjax._types import Arrays, Split
+
+STRATEGIES = ("auto", "ring", "ulysses", "allgather")
+_KEY_SIDE = ("k", "v", "segment_ids_k")
+_CACHE = ("leftpad", "batch_idx", "page_table", "shift")
+
+
+class Extents(NamedTuple):
+    """The whole sequence, and the heads that one device has of it."""
+
+    s: int
+    t: int
+    h: int
+    g: int
+
+
+def split_axis(call: Call, slot: Slot, shape) -> int | None:
+    """The dimension of an operand or result, without leading axes, that is split with the sequence."""
+    if slot.name == "bias":
+        return 3 if shape[3] > 1 and "cu_seqlens_q" not in call.names else None
+    return next((i for i, letter in enumerate(slot.letters) if letter in "st"), None)
+
+
+def has_parts(call: Call) -> bool:
+    """Whether keys are a sequence of which each device may have a part, and no cache."""
+    names = call.names
+    return not any(name in names for name in _CACHE) and ("seqused_k" not in names or "cu_seqlens_k" in names)
+
+
+# Which strategy, and why not another.
+
+
+def choose(call: Call, extents: Extents, line: Line) -> str | None:
+    """The strategy that serves a call; None if none does, so that sequences must be gathered."""
+    asked = call.attrs.sequence.strategy
+    parts = _why_no_parts(call, extents, line.n)
+    why_not = {"ring": parts, "allgather": parts, "ulysses": _why_no_ulysses(call, extents, line.n)}
+    if call.direction == TANGENT:
+        asked, parts = "auto", "the forward mode needs whole sequences"
+    if asked != "auto":
+        if why_not[asked] is not None:
+            others = [name for name in ("ring", "ulysses") if why_not[name] is None]
+            raise ValueError(
+                f'flashjax: strategy="{asked}" cannot split the sequence over the {line.n} devices of mesh axis '
+                f"{' and '.join(map(repr, line.axes))}: {why_not[asked]}. "
+                + (f'Use strategy="{others[0]}"' if others else 'Use strategy="auto", which gathers the sequence')
+            )
+        return asked
+    if parts is None:
+        return "allgather" if extents.t * 8 <= extents.s else "ring"
+    return "ulysses" if why_not["ulysses"] is None else None
+
+
+def _why_no_parts(call: Call, extents: Extents, n: int) -> str | None:
+    """Why attention cannot be computed from parts of the keys."""
+    names, attrs, layout = call.names, call.attrs, call.attrs.sequence.layout
+    for letter, extent in (("s", extents.s), ("t", extents.t)):
+        if not extent or layout.pieces(extent, n) is None:
+            parts = "" if layout.is_natural else f" in the order of {layout}"
+            return f"a length of {letter} = {extent}{parts} is not split evenly by {n}"
+    if not has_parts(call):
+        return "the keys of a cache have no even parts"
+    if "alibi_slopes" in names and layout.kind == "striped" and not layout.is_natural:
+        return 'alibi_slopes need neighbouring positions (the "zigzag" layout has them)'
+    if "cu_seqlens_q" not in names and "cu_seqlens_k" not in names:
+        return None
+    for name in ("bias", "segment_ids_q"):
+        if name in names:
+            return f"cu_seqlens together with {name.removesuffix('_q')}"
+    is_positional = attrs.window_left >= 0 or attrs.window_right >= 0 or "alibi_slopes" in names
+    is_cut = "seqused_q" in names or "seqused_k" in names or attrs.max_seqlen_q != attrs.max_seqlen_k
+    if is_positional and not (attrs.sequence.is_self and (attrs.top_left or not is_cut)):
+        return "packed keys that do not lie at the positions of their queries"
+    return None
+
+
+def _why_no_ulysses(call: Call, extents: Extents, n: int) -> str | None:
+    for letter, extent in (("s", extents.s), ("t", extents.t)):
+        if not extent or extent % n:
+            return f"a length of {letter} = {extent} is not split evenly by {n}"
+    if any(name in call.names for name in _CACHE):
+        return "a cache is shared by its rows"
+    if extents.h % math.lcm(extents.g, n):
+        return f"h = {extents.h} query heads and g = {extents.g} key heads (of each device) are not split evenly by {n}"
+    return None
+
+
+def compute(call: Call, implementation: str, line: Line, operands) -> list[jax.Array]:
+    """The results of one device, from its parts of the operands; both without leading axes.
+
+    Gradients of what is not split along the sequence are this device's share: their sum over the line is due.
+    """
+    at = dict(zip(call.names, operands, strict=False))
+    (_, s, h, _), (_, t, g, _) = at["q"].shape, at["k"].shape
+    strategy = choose(call, Extents(s * line.n, t * line.n, h, g), line)
+    if strategy in ("ring", "allgather"):
+        return _Parts(call, implementation, line, operands).run(strategy)
+    return (_ulysses if strategy == "ulysses" else _whole)(call, implementation, line, operands)
+
+
+def run(call: Call, implementation: str, *operands) -> list[jax.Array]:
+    """The results of operands without leading axes, all in the order of the call's layout and the parts of its line."""
+    if call.attrs.sequence.line is not None:
+        return compute(call, implementation, call.attrs.sequence.line, operands)
+    if call.attrs.sequence.layout.is_natural:
+        return call.compute(implementation, *operands)
+    return _restored(call, functools.partial(call.compute, implementation), operands)
+
+
+def reference(call: Call, *operands) -> list[jax.Array]:
+    """The same in jnp, to be differentiated again."""
+    line = call.attrs.sequence.line
+    return run(call, "reference", *operands) if line is None else _whole(call, "reference", line, operands)
+
+
+def _without_line(call: Call) -> Call:
+    sequence = dataclasses.replace(call.attrs.sequence, line=None)
+    return dataclasses.replace(call, attrs=dataclasses.replace(call.attrs, sequence=sequence))
+
+
+# Whole sequences.
+
+
+def _restored(call: Call, compute, operands) -> list[jax.Array]:
+    """`compute`, which knows no layout, for operands and results that are in the order of the call's."""
+    layout = call.attrs.sequence.layout
+
+    def change(move, slot, x):
+        packed_bias = slot.name == "bias" and "cu_seqlens_q" in call.names
+        for axis, letter in enumerate(slot.letters):
+            if letter in "st" and not packed_bias and x.shape[axis] > 1:
+                x = move(x, axis)
+        return x
+
+    operands = [change(layout.restore, slot, x) for slot, x in zip(call.operands, operands, strict=True)]
+    return [change(layout.reorder, slot, x) for slot, x in zip(call.results, compute(*operands), strict=True)]
+
+
+def _whole(call, implementation, line, operands):
+    """Everything on every device: right answers for what can be had in no other way."""
+    axes = [split_axis(call, slot, x.shape) for slot, x in zip(call.operands, operands, strict=True)]
+    operands = [x if axis is None else line.gather(x, axis) for x, axis in zip(operands, axes, strict=True)]
+    results = run(_without_line(call), implementation, *operands)
+
+    def share(slot, x):
+        axis = split_axis(call, slot, x.shape)
+        return jnp.where(line.index() == 0, x, 0) if axis is None else line.own(x, axis)
+
+    return [share(slot, x) for slot, x in zip(call.results, results, strict=True)]
+
+
+def _ulysses(call, implementation, line, operands):
+    g = operands[1].shape[2]
+    copies = math.lcm(g, line.n) // g  # so that every device has a key head
+
+    def head_axis(slot, x):
+        return next((i for i, letter in enumerate(slot.letters) if letter in "hg" and x.shape[i] > 1), None)
+
+    def send(slot, x):
+        if "g" in slot.letters and copies > 1:
+            x = jnp.repeat(x, copies, axis=2)
+        sequence, heads = split_axis(call, slot, x.shape), head_axis(slot, x)
+        if sequence is None:
+            return x if heads is None else line.own_heads(x, heads)
+        return line.gather(x, sequence) if heads is None else line.to_heads(x, sequence, heads)
+
+    def receive(slot, x, had):
+        sequence, heads = split_axis(call, slot, x.shape), had
+        if sequence is None:
+            return x if heads is None else line.among_heads(x, heads)
+        x = line.scatter_sum(x, sequence) if heads is None else line.to_sequence(x, sequence, heads)
+        if "g" in slot.letters and copies > 1:
+            x = jnp.sum(x.reshape(*x.shape[:2], g, copies, -1), axis=3, dtype=jnp.float32).astype(x.dtype)
+        return x
+
+    full = dict(zip((slot.name for slot in call.operands), operands, strict=True))
+    had = {
+        slot.name: 2 if slot.letters[2:3] in (("h",), ("g",)) else 1 if slot.name == "lse" else None
+        for slot in call.results
+    }
+    had |= {name: head_axis(SLOTS[name], full[name]) for name in call.wanted if name in full}
+    operands = [send(slot, x) for slot, x in zip(call.operands, operands, strict=True)]
+    results = run(_without_line(call), implementation, *operands)
+    return [receive(slot, x, had[slot.name]) for slot, x in zip(call.results, results, strict=True)]
+
+
+# Parts of sequences.
+
+
+class _Parts:
+    """Ring and allgather: the attention of this device's queries to the keys of one device after the other."""
+
+    def __init__(self, call: Call, implementation: str, line: Line, operands):
+        arrays = dict(zip((slot.name for slot in call.operands), operands, strict=True))
+        self.call, self.implementation, self.line = call, implementation, line
+        self.s, self.t = arrays["q"].shape[1] * line.n, arrays["k"].shape[1] * line.n
+        layout = call.attrs.sequence.layout
+        self.queries, self.keys = layout.pieces(self.s, line.n), layout.pieces(self.t, line.n)
+        self.is_packed = "cu_seqlens_q" in call.names or "cu_seqlens_k" in call.names
+        if self.is_packed:
+            arrays = self._unpacked(arrays)
+        self.arrays: Arrays = {name: arrays[name] for name in arrays if name not in _KEY_SIDE}
+        self.key_side: Arrays = {name: arrays[name] for name in _KEY_SIDE if name in arrays}
+        offset = 0 if call.attrs.top_left or self.is_packed else self.t - self.s
+        self.mask = Mask(call.attrs.window_left, call.attrs.window_right, offset, "alibi_slopes" in call.names)
+
+    def run(self, strategy: str) -> list[jax.Array]:
+        hops = self._hops() if strategy == "ring" else None
+        if self.call.direction == FORWARD:
+            return self._forward(hops)
+        return self._backward(hops)
+
+    def _hops(self) -> list[tuple[int, list[tuple[Block, ...]]]]:
+        """For each distance from which keys are needed at all: the blocks of each device."""
+        n = self.line.n
+        hops = [
+            (d, [_blocks.blocks(self.queries[i], self.keys[(i - d) % n], self.mask) for i in range(n)])
+            for d in range(n)
+        ]
+        return [(d, plans) for d, plans in hops if any(plans)]
+
+    def _all_at_once(self):
+        """All keys here, in order if they can be; the blocks of each device; and the way back."""
+        layout = self.call.attrs.sequence.layout
+        gathered = {name: self.line.gather(x, 1) for name, x in self.key_side.items()}
+        bias, back = self.arrays.get("bias"), SequenceLayout()
+        if layout.kind == "zigzag":
+            gathered, back = {name: layout.restore(x) for name, x in gathered.items()}, layout
+            bias = layout.restore(bias, 4) if bias is not None and bias.shape[4] > 1 else bias
+        if bias is not None:
+            gathered["bias"] = bias
+        keys = (SequenceLayout() if layout.kind == "zigzag" else layout).pieces(self.t, 1)[0]
+        return gathered, [_blocks.blocks(queries, keys, self.mask) for queries in self.queries], back
+
+    # Forward.
+
+    def _forward(self, hops):
+        q, v = self.arrays["q"], self.key_side["v"]
+        b, s, h, _ = q.shape
+        out = jnp.zeros((b, s, h, v.shape[-1]), jnp.float32)
+        lse = jnp.full((b, h, s), -jnp.inf, jnp.float32)
+        if "sinks" in self.arrays:
+            lse = jnp.broadcast_to(self.arrays["sinks"].astype(jnp.float32)[:, :, None], lse.shape)
+            if self.is_packed:
+                lse = jnp.where(self.arrays["segment_ids_q"][:, None] >= 0, lse, -jnp.inf)
+        so_far = (out, lse) if "sinks" in self.arrays else None
+        if hops is None:
+            keys, plans, _ = self._all_at_once()
+            out, lse = self._attend(plans, keys, so_far, (out, lse))
+            return [out.astype(q.dtype), lse]
+        keys = {name: self.line.shift(x, hops[0][0]) for name, x in self.key_side.items()} if hops else {}
+        for i, (distance, plans) in enumerate(hops):
+            arriving = keys
+            if i + 1 < len(hops):  # the transfer does not wait for this computation, nor this for it
+                arriving = {name: self.line.shift(x, hops[i + 1][0] - distance) for name, x in keys.items()}
+            so_far = self._attend(plans, keys | self._bias_of(distance), so_far, (out, lse))
+            keys = arriving
+        out, lse = so_far or (out, lse)
+        return [out.astype(q.dtype), lse]
+
+    def _attend(self, plans, keys, so_far, nothing):
+        """(out, lse) so far, and these keys. None: nothing so far."""
+
+        def branch(plan, so_far):
+            for i, block in enumerate(plan):
+                so_far = self._attend_block(block, self._shift(plans, plan, i), keys, so_far, nothing)
+            return so_far
+
+        cases = self._cases(plans)
+        if len(set(cases)) == 1:
+            return branch(cases[0], so_far)
+        return self.line.switch(cases, lambda plan: functools.partial(branch, plan), so_far or nothing)
+
+    def _attend_block(self, block, shift, keys, so_far, nothing):
+        call, operands = self._block_call(block, shift, self.arrays | keys)
+        compute = functools.partial(call.compute, self._implementation(call, operands))
+
+        def merge(so_far):
+            out, lse = compute(*operands)
+            out = out.astype(jnp.float32)
+            if so_far is None:
+                if out.shape == nothing[0].shape:
+                    return out, lse
+                so_far = nothing
+            old_out, old_lse = _cut(so_far[0], 1, block.rows), _cut(so_far[1], 2, block.rows)
+            new_lse = jnp.logaddexp(old_lse, lse)
+            new_out = old_out * _weight(old_lse, new_lse) + out * _weight(lse, new_lse)
+            return _put(so_far[0], new_out, 1, block.rows), _put(so_far[1], new_lse, 2, block.rows)
+
+        if "segment_ids_q" in call.names:
+            so_far = so_far or nothing
+            return jax.lax.cond(_may_meet(call, operands), merge, lambda so_far: so_far, so_far)
+        return merge(so_far)
+
+    # Backward.
+
+    def _backward(self, hops):
+        arrays, line = self.arrays, self.line
+        sums = {"q": jnp.zeros(arrays["q"].shape, jnp.float32)}
+        if "bias" in self.call.wanted:
+            sums["bias"] = jnp.zeros(arrays["bias"].shape, jnp.float32)
+        if hops is None:
+            keys, plans, layout = self._all_at_once()
+            parts = self._gradients(plans, keys)
+            for name in ("k", "v"):
+                sums[name] = line.scatter_sum(layout.reorder(parts[name]), 1)
+            sums["q"] = parts["q"]
+            if "bias" in parts:
+                sums["bias"] = layout.reorder(parts["bias"], 4) if parts["bias"].shape[4] > 1 else parts["bias"]
+        else:
+            keys = {name: line.shift(x, hops[0][0]) for name, x in self.key_side.items()} if hops else {}
+            travelling, at = None, 0
+            for i, (distance, plans) in enumerate(hops):
+                arriving = keys
+                if i + 1 < len(hops):
+                    arriving = {name: line.shift(x, hops[i + 1][0] - distance) for name, x in keys.items()}
+                parts = self._gradients(plans, keys | self._bias_of(distance))
+                sums["q"] = parts["q"] if i == 0 else sums["q"] + parts["q"]
+                if "bias" in sums:
+                    sums["bias"] = self._add_bias(sums["bias"], parts["bias"], distance)
+                if travelling is None:
+                    travelling = {name: parts[name] for name in ("k", "v")}
+                else:  # these left when their previous part was there, while this one was computed
+                    travelling = {name: line.shift(x, distance - at) + parts[name] for name, x in travelling.items()}
+                keys, at = arriving, distance
+            if travelling is None:
+                sums |= {name: jnp.zeros(self.key_side[name].shape, jnp.float32) for name in ("k", "v")}
+            else:
+                sums |= {name: line.shift(x, -at) for name, x in travelling.items()}
+        if "sinks" in self.call.wanted:
+            sums["sinks"] = self._sinks_gradient()
+        dtypes = [jnp.float32 if slot.type != "T" else arrays["q"].dtype for slot in self.call.results]
+        return [sums[slot.name].astype(dtype) for slot, dtype in zip(self.call.results, dtypes, strict=True)]
+
+    def _gradients(self, plans, keys):
+        """float32 gradients by name, of the part of the scores that these keys have."""
+        present = self.arrays | keys
+        wanted = ("q", "k", "v", *(("bias",) if "bias" in self.call.wanted else ()))
+
+        def branch(plan):
+            sums = {}
+            for i, block in enumerate(plan):
+                for name, x in self._block_gradients(block, self._shift(plans, plan, i), present, wanted).items():
+                    ranges = self._ranges(name, present[name].shape, block)
+                    if name not in sums:
+                        sums[name] = jnp.zeros(present[name].shape, jnp.float32)
+                        if x.shape == sums[name].shape:
+                            sums[name] = x
+                            continue
+                    old = functools.reduce(lambda y, r: _cut(y, *r), ranges, sums[name])
+                    sums[name] = _put_ranges(sums[name], old + x, ranges)
+            return [sums.get(name, jnp.zeros(present[name].shape, jnp.float32)) for name in wanted]
+
+        results = self.line.switch(self._cases(plans), lambda plan: functools.partial(branch, plan))
+        return dict(zip(wanted, results, strict=True))
+
+    def _block_gradients(self, block, shift, present, wanted):
+        call, operands = self._block_call(block, shift, present)
+        compute = functools.partial(call.compute, self._implementation(call, operands))
+
+        def run():
+            return [x.astype(jnp.float32) for x in compute(*operands)]
+
+        if "segment_ids_q" in call.names:
+            shapes = [shape for shape, _ in call.result_types(operands)]
+            nothing = lambda: [jnp.zeros(shape, jnp.float32) for shape in shapes]  # noqa: E731
+            return dict(zip(wanted, jax.lax.cond(_may_meet(call, operands), run, nothing), strict=True))
+        return dict(zip(wanted, run(), strict=True))
+
+    def _sinks_gradient(self):
+        x = {name: self.arrays[name].astype(jnp.float32) for name in ("out", "lse", "dout", "dlse", "sinks")}
+        delta = jnp.moveaxis(jnp.sum(x["out"] * x["dout"], axis=-1), 1, 2) - x["dlse"]
+        weight = jnp.where(x["lse"] > -jnp.inf, jnp.exp(x["sinks"][:, :, None] - x["lse"]), 0)
+        gradient = -jnp.sum(jnp.where(weight > 0, weight * delta, 0), axis=2)
+        return gradient if x["sinks"].shape[0] > 1 else jnp.sum(gradient, axis=0, keepdims=True)
+
+    # What the keys of a distance need besides.
+
+    def _bias_of(self, distance):
+        bias = self.arrays.get("bias")
+        if bias is None or bias.shape[4] == 1:
+            return {}
+        own = self.t // self.line.n
+        start = (self.line.index() - distance) % self.line.n * own
+        return {"bias": jax.lax.dynamic_slice_in_dim(bias, start, own, 4)}
+
+    def _add_bias(self, total, part, distance):
+        if total.shape[4] == 1:
+            return total + part
+        start = (self.line.index() - distance) % self.line.n * (self.t // self.line.n)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, start, 4)
+
+    # One block.
+
+    def _cases(self, plans):
+        """What tells devices apart. Where shifts always matter they are values at run time, and do not."""
+        if not self.mask.is_positional:
+            return plans
+        return [tuple(block._replace(shift=0) for block in plan) for plan in plans]
+
+    def _shift(self, plans, plan, i):
+        """The shift of block i of a case, at run time; None where the block's own will do."""
+        if not self.mask.is_positional:
+            return None
+        cases = self._cases(plans)
+        return self.line.pick([x[i].shift if case == plan else 0 for x, case in zip(plans, cases, strict=True)])
+
+    def _ranges(self, name, shape, block: Block):
+        """The parts of an array that a block is about: (axis, range)s."""
+        ranges = []
+        for axis, letter in enumerate(SLOTS[name].letters):
+            if letter in "st" and not (name == "bias" and shape[axis] == 1):
+                ranges.append((axis, block.rows if letter == "s" else block.cols))
+        return ranges
+
+    def _block_call(self, block: Block, shift, arrays):
+        """An ordinary call, on what a block is about."""
+        arrays = {
+            name: functools.reduce(lambda y, r: _cut(y, *r), self._ranges(name, x.shape, block), x)
+            for name, x in arrays.items()
+            if name != "sinks"  # which all keys share
+        }
+        rows, cols = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+        top_left = block.shift != cols - rows
+        if shift is None and top_left and block.shift:
+            shift = jnp.int32(block.shift)
+        if shift is not None:
+            arrays["shift"], top_left = jnp.broadcast_to(shift, arrays["q"].shape[:1]), True
+        attrs = dataclasses.replace(
+            self.call.attrs,
+            window_left=block.left,
+            window_right=block.right,
+            top_left=top_left,
+            max_seqlen_q=-1,
+            max_seqlen_k=-1,
+            sequence=Split(),
+        )
+        names = tuple(name for name in in_order(arrays) if name not in ("out", "lse", "dout", "dlse"))
+        wanted = tuple(name for name in self.call.wanted if name == "bias")
+        call = Call(self.call.direction, names, attrs, wanted)
+        return call, [arrays[slot.name] for slot in call.operands]
+
+    def _implementation(self, call: Call, operands) -> str:
+        """What serves the whole need not serve a part, which may have a shift or segments instead."""
+        arrays = dict(zip(call.names, operands, strict=False))
+        why_not = _support.why_not(self.implementation, call.direction, arrays, call.attrs, self.implementation)
+        return self.implementation if why_not is None else "reference"
+
+    # Packed sequences.
+
+    def _unpacked(self, arrays: Arrays) -> Arrays:
+        """Sequences told apart by segment ids. What lies outside all of them is 0, since it may have been NaN."""
+        arrays = dict(arrays)
+        ids = {}
+        for side, extent, pieces, outside in (("q", self.s, self.queries, -1), ("k", self.t, self.keys, -2)):
+            cu = jnp.clip(arrays.pop(f"cu_seqlens_{side}"), 0, extent)
+            row = jnp.concatenate(
+                [
+                    self.line.pick([own[i].start for own in pieces]) + piece.stride * jnp.arange(piece.length)
+                    for i, piece in enumerate(pieces[0])
+                ]
+            ).astype(jnp.int32)
+            index = jax.vmap(lambda c, row=row: jnp.searchsorted(c, row, side="right"))(cu).astype(jnp.int32) - 1
+            inside = (index >= 0) & (index < cu.shape[1] - 1)
+            index = jnp.clip(index, 0, cu.shape[1] - 2)
+            length = jnp.diff(cu)
+            bound = getattr(self.call.attrs, f"max_seqlen_{side}")
+            length = length if bound < 0 else jnp.minimum(length, bound)
+            if f"seqused_{side}" in arrays:
+                length = jnp.clip(arrays.pop(f"seqused_{side}"), 0, length)
+            at = row - jnp.take_along_axis(cu, index, axis=1)
+            inside &= at < jnp.take_along_axis(length, index, axis=1)
+            ids[side] = jnp.where(inside, index, outside)
+        for name, x in arrays.items():
+            letters = SLOTS[name].letters
+            if x.dtype != jnp.int32 and name != "lse" and ("s" in letters or "t" in letters):
+                side = "q" if "s" in letters else "k"
+                inside = ids[side] >= 0
+                inside = inside[:, None] if name == "dlse" else inside[..., None, None]
+                arrays[name] = jnp.where(inside, x, 0)
+        return arrays | {"segment_ids_q": ids["q"], "segment_ids_k": ids["k"]}
+
+
+def _may_meet(call: Call, operands):
+    """Whether the ranges of the segment ids overlap; where they do not, a block has nothing to compute."""
+    q, k = (operands[call.names.index(f"segment_ids_{side}")] for side in "qk")
+    return jnp.any((jnp.max(q, 1) >= jnp.min(k, 1)) & (jnp.min(q, 1) <= jnp.max(k, 1)))
+
+
+def _weight(part, total):
+    """exp(part - total), (b, h, s) -> (b, s, h, 1); 0 where neither has seen a key."""
+    return jnp.moveaxis(jnp.where(total > -jnp.inf, jnp.exp(part - total), 0), 1, 2)[..., None]
+
+
+def _cut(x, axis, span):
+    return x if span == (0, x.shape[axis]) else jax.lax.slice_in_dim(x, *span, axis=axis)
+
+
+def _put(x, part, axis, span):
+    return part if span == (0, x.shape[axis]) else jax.lax.dynamic_update_slice_in_dim(x, part, span[0], axis)
+
+
+def _put_ranges(x, part, ranges):
+    if part.shape == x.shape:
+        return part
+    start = [0] * x.ndim
+    for axis, span in ranges:
+        start[axis] = span[0]
+    return jax.lax.dynamic_update_slice(x, part, start)
