@@ -31,7 +31,7 @@ inline constexpr uint32_t kEverything = kFeatureEnd - 1;
 inline constexpr uint32_t kInPlace =
     kEverything & ~(kBatchIdx | kPaged);  // keys where the row says
 
-inline constexpr uint32_t kDense = kWindow | kSinks | kDeterministic;
+inline constexpr uint32_t kDense = kWindow | kSinks;  // rows of equal length
 inline constexpr uint32_t kDenseScores = kDense | kSoftcap | kBias | kAlibi | kSegments;
 
 struct Kernel {

@@ -20,7 +20,7 @@ _CAST = {int: np.int64, float: np.float32, bool: bool}
 _PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}  # extension module -> platform as XLA calls it
 
 
-def forward(arrays: Arrays, attrs: Attrs) -> tuple[jax.Array, ...]:
+def forward(arrays: Arrays, attrs: Attrs) -> list[jax.Array]:
     """out (b, s, h, e) and lse (b, h, s), by the kernels of the platform that the program is compiled for."""
     q, v = arrays["q"], arrays["v"]
     b, s, h, _ = q.shape
@@ -50,9 +50,8 @@ def _call(target, results, arrays, attrs, wanted):
         if field.type in _CAST
     }
     present, asked = (np.int64(sum(BIT[name] for name in some)) for some in (names, wanted))
-    values = jax.ffi.ffi_call(target, results)(
-        *(arrays[name] for name in names), present=present, wanted=asked, **scalars
-    )
+    operands = [arrays[name] for name in names]
+    values = list(jax.ffi.ffi_call(target, results)(*operands, present=present, wanted=asked, **scalars))
     return values[:-1] if scratch else values
 
 
@@ -61,8 +60,17 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
 
     A function of shapes alone, since the platform's kernel is chosen when the program runs.
     """
-    del target, arrays, attrs
-    return 0
+    del attrs
+    b, s, h, d = arrays["q"].shape
+    widest = max(d, arrays["v"].shape[-1])
+    if arrays["q"].dtype == jnp.float32 or widest > 256:
+        return 0
+    if target == "flashjax_fwd":
+        return 256  # a ticket counter
+    if widest > 128:
+        return 0
+    rows = -(-s // 128) * 128
+    return 4 * b * h * rows * ((64 if widest <= 64 else 128) + 2)  # dq in float32, and two statistics of each query
 
 
 def runtime_ffi_api() -> tuple[int, int] | None:
@@ -74,8 +82,8 @@ def runtime_ffi_api() -> tuple[int, int] | None:
     if not header.exists():
         return None
     text = header.read_text()
-    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
-    return tuple(int(match[1]) for match in found) if all(found) else None
+    major, minor = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR"))
+    return (int(major[1]), int(minor[1])) if major and minor else None
 
 
 def register(platform: str) -> None:

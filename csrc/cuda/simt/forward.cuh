@@ -12,7 +12,7 @@ struct ForwardGrid {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads)
     forward(const __grid_constant__ FwdParams p, ForwardGrid grid) {
   __shared__ __align__(16) float stage[kStage];
   __shared__ __align__(16) float weights[kTile * kPitch];

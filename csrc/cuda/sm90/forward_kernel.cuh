@@ -27,14 +27,11 @@ enum : int {
 };
 
 // What was best for a head dim and a kind of problem.
-constexpr int forward_options(int d, int n, bool masks, bool scores) {
-  int x = (d <= 192 ? kOwnOut : 0) |
-          (masks      ? kMasks | kTickets
-           : d <= 128 ? kLateV
-                      : 0) |
-          (scores ? kScores : 0);
-  if (d == 192 && n == 128) x &= ~kOwnOut;
-  if (d == 128 && n == 128 && masks && !scores) x |= kQInRegs | kPingPong;
+constexpr int forward_options(int d, int e, int n, bool masks, bool scores) {
+  int x = (masks ? kMasks | kTickets : 0) | (scores ? kScores : 0);
+  if (e <= 128) x |= kOwnOut;
+  if (!scores && (masks ? d != 64 : d <= 128)) x |= kLateV;
+  if (d == 128 && n == 128 && !scores) x |= kQInRegs;
   return x;
 }
 
@@ -288,10 +285,17 @@ struct Forward {
       auto transform = [&](int n) {  // what S holds, to the score in natural units
         if constexpr (kScore) {
           const Scores<F16> score(p, tile.b, tile.h);
+          const char* rows[2] = {score.row(row0), score.row(row0 + 8)};
 #pragma unroll
-          for (int i = 0; i < N / 2; i++)
-            s[i] =
-                score(s[i], row0 + 8 * (i / 2 % 2), n * N + 2 * (lane & 3) + 8 * (i / 4) + i % 2);
+          for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+              s[4 * j + i] = score(s[4 * j + i], rows[i / 2], row0 + 8 * (i / 2),
+                                   n * N + 2 * (lane & 3) + 8 * j + i % 2);
+            asm volatile("" ::
+                             : "memory");  // or all loads of a bias come first, in more registers
+                                           // than there are
+          }
         }
       };
       float ms[2];
@@ -355,13 +359,11 @@ struct Forward {
           if (elect) mb_arrive(x.q_empty);
         }
       }
-      if (kMask && !kPP &&
-          p.right >= 0) {  // blocks that only later rows of the tile see: hand them straight back
-        const int last =
-            max((min(tile.m * M + (cw + 1) * 64, p.s) + p.diagonal + p.right + N - 1) / N - 1,
-                blocks.begin);
+      if (kMask && !kPP && p.right >= 0) {
+        // Blocks that only later rows of the tile see: they are handed straight back.
+        const int end = (min(tile.m * M + (cw + 1) * 64, p.s) + p.diagonal + p.right + N - 1) / N;
 #pragma unroll 1
-        for (; n > last; n--) {
+        for (; n >= max(end, blocks.begin + 1); n--) {
           mb_wait(x.k_full + 8 * st, ph);
           if (elect) mb_arrive(x.k_empty + 8 * st);
           mb_wait(x.v_full + 8 * st, ph);
@@ -416,7 +418,7 @@ struct Forward {
         n--;
       };
 #pragma unroll 1
-      for (; n >= blocks.begin;) step();
+      while (n >= blocks.begin) step();
 
       if (kSepO && !kQReg && elect) mb_arrive(x.q_empty);  // the last QK has read q
       if (kVLate) mb_wait(x.v_full + 8 * st, ph);
@@ -478,7 +480,7 @@ struct Forward {
 };
 
 template <bool F16, int D, int E, int M, int N, int kOptions>
-__global__ void __launch_bounds__(128 * (M / 64 + 1), 1)
+static __global__ void __launch_bounds__(128 * (M / 64 + 1), 1)
     forward_kernel(const __grid_constant__ TMap q, const __grid_constant__ TMap k,
                    const __grid_constant__ TMap v, const __grid_constant__ TMap o,
                    const __grid_constant__ ForwardArgs a) {

@@ -68,19 +68,22 @@ struct Scores {
     bias = (const char*)p.bias + (b * p.bias_b + h * p.bias_h) * (p.bias_f32 ? 4 : 2);
     if (p.alibi) slope = p.alibi[b * p.alibi_b + h];
   }
-  DI float bias_at(int i, int j) const {
-    long long at = min(i, p.s - 1) * p.bias_s + min(j, p.t - 1) * p.bias_t;
-    return p.bias_f32 ? ((const float*)bias)[at] : to_float<F16>(((const unsigned short*)bias)[at]);
+  // The bias of query i.
+  DI const char* row(int i) const {
+    return bias + min(i, p.s - 1) * p.bias_s * (p.bias_f32 ? 4 : 2);
   }
   // `bend`: the derivative by scale * dot, where it is not 1.
-  DI float operator()(float dot, int i, int j, float* bend = nullptr) const {
+  DI float operator()(float dot, const char* row, int i, int j, float* bend = nullptr) const {
     float x = dot * p.scale;
     if (p.softcap != 0.f) {
       float y = tanh_ex2(x * inv_cap);
       x = p.softcap * y;
       if (bend) *bend = 1.f - y * y;
     }
-    if (p.bias) x += bias_at(i, j);
+    if (p.bias) {
+      int at = min(j, p.t - 1) * (int)p.bias_t;
+      x += p.bias_f32 ? ((const float*)row)[at] : to_float<F16>(((const unsigned short*)row)[at]);
+    }
     if (p.alibi) x -= slope * fabsf((float)(j - i - p.diagonal));
     return x;
   }

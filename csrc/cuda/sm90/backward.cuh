@@ -1,0 +1,92 @@
+// The launches of the sm_90a backward: statistics, main, conversion, and what was asked for of
+// dsinks and dbias.
+#pragma once
+#include "backward_kernel.cuh"
+#include "backward_passes.cuh"
+#include "host.h"
+
+namespace flashjax::simt {
+cudaError_t launch_backward_bias(const BwdParams&, cudaStream_t);  // csrc/cuda/simt/bias.cu
+}
+
+namespace flashjax::sm90 {
+
+template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
+cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cudaStream_t stream) {
+  static_assert(D == E);
+  constexpr bool kF16 = kType == DType::kF16;
+  constexpr int kOptions = (kVariant != cuda::Variant::kFull ? kBackwardMasks : 0) |
+                           (kVariant == cuda::Variant::kScores ? kBackwardScores : 0);
+  using K = Backward<kF16, D, M, N, kOptions>;
+  const int64_t rows = (p.s + 127) / 128 * 128, heads = p.b * p.h, nblocks = (p.t + N - 1) / N;
+  const int64_t blocks = nblocks * p.g * p.b;
+  if (heads == 0) return cudaSuccess;
+  if (blocks > INT32_MAX || p.s >= 1 << 29 || p.t >= 1 << 29 || p.h > 65535 || p.b > 65535)
+    return cudaErrorInvalidConfiguration;
+  if (p.workspace_bytes < heads * rows * (D + 2) * 4) return cudaErrorInvalidValue;
+
+  BackwardArgs a{};
+  a.p = problem(p);
+  float* acc = static_cast<float*>(p.workspace);
+  float *lse2 = acc + heads * rows * D, *delta = lse2 + heads * rows;
+  a.lse2 = lse2, a.delta = delta, a.dq = acc, a.rows = static_cast<int>(rows);
+  a.nblocks = static_cast<int>(nblocks), a.group = 1;
+  if (K::kMask) {  // a quarter of the L2
+    const int64_t near = heads_in_l2(16 * p.s * D) * p.g / p.h;
+    a.group = static_cast<int>(near < 1 ? 1 : near < p.g * p.b ? near : p.g * p.b);
+  }
+  // A query may see nothing if its window lies before the first key or after the last, or if scores
+  // or segments say so.
+  a.clean = kVariant == cuda::Variant::kScores ||
+            (a.p.right >= 0 && a.p.diagonal + a.p.right < 0) ||
+            (a.p.left >= 0 && a.p.s - 1 + a.p.diagonal - a.p.left >= a.p.t);
+
+  PassArgs pass{};
+  pass.out = static_cast<const unsigned short*>(p.out),
+  pass.dout = static_cast<const unsigned short*>(p.dout);
+  pass.lse = p.lse, pass.dlse = p.dlse, pass.lse2 = lse2, pass.delta = delta, pass.acc = acc;
+  pass.dq = static_cast<unsigned short*>(p.dq);
+  pass.s = a.p.s, pass.h = a.p.h, pass.d = static_cast<int>(p.d), pass.e = a.p.e,
+  pass.rows = a.rows;
+  pass.scale = p.scale;
+
+  cudaError_t error = cudaSuccess;
+  auto check = [&](cudaError_t x) { error = cuda::first_error(error, x); };
+  const unsigned h = static_cast<unsigned>(p.h), b = static_cast<unsigned>(p.b);
+  if (p.s > 0) {
+    backward_statistics<kF16, D>
+        <<<dim3(static_cast<unsigned>(rows / 64), h, b), 256, 0, stream>>>(pass);
+    check(cudaGetLastError());
+  }
+  if (blocks > 0) {
+    TMap q, k, v, dout, dk, dv;
+    const void* any = p.s ? p.q : p.k;  // a map needs an address, even of an array without rows
+    check(tensor_map(q, any, p.dtype, p.b, p.s, p.h, p.d, M));
+    check(tensor_map(dout, p.s ? p.dout : any, p.dtype, p.b, p.s, p.h, p.e, M));
+    check(tensor_map(k, p.k, p.dtype, p.b, p.t, p.g, p.d, N));
+    check(tensor_map(v, p.v, p.dtype, p.b, p.t, p.g, p.e, N));
+    check(tensor_map(dk, p.dk, p.dtype, p.b, p.t, p.g, p.d, 64));
+    check(tensor_map(dv, p.dv, p.dtype, p.b, p.t, p.g, p.e, 64));
+    auto kernel = backward_kernel<kF16, D, M, N, kOptions>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem));
+    if (error != cudaSuccess) return error;
+    kernel<<<static_cast<unsigned>(blocks), K::kThreads, K::kSmem, stream>>>(q, k, v, dout, dk, dv,
+                                                                             a);
+    check(cudaGetLastError());
+  }
+  if (p.s > 0) {
+    backward_convert<kF16, D, M, K::kByRows>
+        <<<dim3(static_cast<unsigned>((p.s + M - 1) / M), h, b), 256, 0, stream>>>(pass);
+    check(cudaGetLastError());
+  }
+  if (p.dsinks) {
+    const unsigned own = static_cast<unsigned>(p.sinks_shape.dim[0]);
+    backward_sinks<kF16>
+        <<<dim3(h, own), 256, 0, stream>>>(pass, p.sinks, p.dsinks, static_cast<int>(p.b / own));
+    check(cudaGetLastError());
+  }
+  if (p.dbias) check(simt::launch_backward_bias(p, stream));
+  return error;
+}
+
+}  // namespace flashjax::sm90
