@@ -16,6 +16,7 @@ struct Forward {
   // q [panels][d, width], o [panels][e, width], s [keys, width]
   float *q, *o, *s;
   float *most, *sum, *alpha, *flat;
+  const char **k_rows, **v_rows;  // of a block of keys
 
   // With packed keys in the task, its own blocks of keys stay unused.
   Forward(const FwdParams& p, const Blocks& blocks, const Task& task, Arena arena,
@@ -32,6 +33,8 @@ struct Forward {
     s = arena.take(keys * kPanel);
     most = arena.take(blocks.rows), sum = arena.take(blocks.rows), alpha = arena.take(kPanel);
     flat = arena.take(kPanel * imax(round_up(d, kLanes), round_up(e, kLanes)));
+    k_rows = reinterpret_cast<const char**>(arena.take(2 * keys));
+    v_rows = reinterpret_cast<const char**>(arena.take(2 * keys));
     if (used) *used = arena.used;
   }
 
@@ -145,6 +148,154 @@ struct Forward {
       S::store(most + m, now);
       S::store(sum + m, S::fma(S::load(sum + m), back, S::add(total0, total1)));
       S::store(alpha + l, back);
+    }
+  }
+
+  // Few rows, as in decoding: lanes run along d and e instead of the rows, of which there are not
+  // enough to fill them, and K and V are read where they lie.
+  static constexpr int kThin = 4;
+  static bool thin(const Problem& p, const Task& task) {
+#ifdef FLASHJAX_SIMD_CONVERTS
+    bool converts = true;
+#else
+    bool converts = p.dtype == DType::kF32;
+#endif
+    return task.m1 - task.m0 <= kThin && converts && p.d % kLanes == 0 && p.e % kLanes == 0 &&
+           p.d <= 512 && p.e <= 512;
+  }
+
+  void run_thin() {
+    if (p.dtype == DType::kF32) run_thin<DType::kF32>();
+#ifdef FLASHJAX_SIMD_CONVERTS
+    if (p.dtype == DType::kBF16) run_thin<DType::kBF16>();
+    if (p.dtype == DType::kF16) run_thin<DType::kF16>();
+#endif
+  }
+
+  template <DType kType>
+  static Simd::F load_lanes(const char* row, int64_t i) {
+#ifdef FLASHJAX_SIMD_CONVERTS
+    if (kType == DType::kBF16) return Simd::load_bf16(reinterpret_cast<const uint16_t*>(row) + i);
+    if (kType == DType::kF16) return Simd::load_f16(reinterpret_cast<const uint16_t*>(row) + i);
+#endif
+    return Simd::load(reinterpret_cast<const float*>(row) + i);
+  }
+
+  template <DType kType>
+  void run_thin() {
+    // [kThin, d] and [kThin, e]: kPanel rows are room enough.
+    float *q_rows = flat, *o_rows = flat + kThin * p.d;
+    for (int64_t m = 0; m < kThin; ++m) {
+      if (m < tile.rows)
+        load_row(kType, element(p.q, kType, tile.query_row(m) * p.d), p.d, q_rows + m * p.d);
+      else
+        memset(q_rows + m * p.d, 0, p.d * sizeof(float));
+    }
+    memset(o_rows, 0, kThin * p.e * sizeof(float));
+    Range seen = tile.seen();
+    for (int64_t j = seen.begin; j < seen.end; j += keys) {
+      KeyBlock block = tile.block(j, imin(j + keys, seen.end));
+      Range r = tile.columns(0, block);
+      Tile::Meet meet = tile.meet(0, block);
+      if (r.begin == r.end || meet == Tile::Meet::kNone) continue;
+      int64_t n = imin(r.end, block.j1) - r.begin;
+      alignas(8) static const char zeros[512 * 4] = {};
+      for (int64_t i = 0; i < n; ++i) {
+        int64_t row = key_row(p, tile.task.b, tile.z, r.begin + i) * p.g + tile.task.g;
+        bool bad = row < 0;
+        k_rows[i] = bad ? zeros : element(p.k, kType, row * p.d);
+        v_rows[i] = bad ? zeros : element(p.v, kType, row * p.e);
+      }
+      thin_scores<kType>(n, q_rows);
+      for (int64_t i = n; i < r.end - r.begin; ++i) Simd::store(s + i * kLanes, Simd::zero());
+      float c = tile.transform(0, r.begin, r.end, s, nullptr);
+      tile.mask(0, r.begin, r.end, meet, s);
+      softmax(0, r.end - r.begin, kLanes, c);
+      for (int64_t m = 0; m < kThin; ++m)
+        for (int64_t i = 0; i < p.e; ++i) o_rows[m * p.e + i] *= alpha[m];
+      // Pieces that stay in the first-level cache while the columns of V are walked.
+      constexpr int64_t kPiece = 32;
+      for (int64_t i = 0; i < n; i += kPiece) {
+        for (int64_t y = i + kPiece; y < imin(n, i + 2 * kPiece); ++y)
+          prefetch_row(v_rows[y], p.e * bytes_of(kType));
+        thin_values<kType, Simd::kVectors>(i, imin(n, i + kPiece), 0, o_rows);
+      }
+    }
+    for (int64_t i = 0; i < p.e; ++i)
+      for (int64_t m = 0; m < kLanes; ++m)
+        panel_o(0)[i * kLanes + m] = m < kThin ? o_rows[m * p.e + i] : 0;
+  }
+
+  template <DType kType>
+  void thin_scores(int64_t n, const float* q_rows) {
+    using S = Simd;
+    constexpr int kKeys = kLanes / kThin;
+    const int64_t bytes = p.d * bytes_of(kType), ahead = rows_ahead(bytes);
+    for (int64_t j = 0; j < n; j += kKeys) {
+      const char* row[kKeys];
+      for (int a = 0; a < kKeys; ++a) {
+        row[a] = k_rows[imin(j + a, n - 1)];
+        if (j + a + ahead < n) prefetch_row(k_rows[j + a + ahead], bytes);
+      }
+      S::F sum[kKeys * kThin];
+#pragma GCC unroll 16
+      for (int x = 0; x < kKeys * kThin; ++x) sum[x] = S::zero();
+      for (int64_t i = 0; i < p.d; i += kLanes) {
+        S::F k[kKeys];
+#pragma GCC unroll 4
+        for (int a = 0; a < kKeys; ++a) k[a] = load_lanes<kType>(row[a], i);
+#pragma GCC unroll 4
+        for (int m = 0; m < kThin; ++m) {
+          S::F q = S::load(q_rows + m * p.d + i);
+#pragma GCC unroll 4
+          for (int a = 0; a < kKeys; ++a) sum[a * kThin + m] = S::fma(k[a], q, sum[a * kThin + m]);
+        }
+      }
+      // All sums across lanes at once.
+      float square[kLanes * kLanes], turned[kLanes * kLanes];
+#pragma GCC unroll 16
+      for (int x = 0; x < kLanes; ++x) S::store(square + x * kLanes, sum[x]);
+      S::transpose(square, kLanes, turned, kLanes);
+      S::F total = S::load(turned);
+      for (int x = 1; x < kLanes; ++x) total = S::add(total, S::load(turned + x * kLanes));
+      S::store(square, total);
+      for (int a = 0; a < kKeys && j + a < n; ++a) {
+        float* to = s + (j + a) * kLanes;
+        S::store(to, S::zero());
+        memcpy(to, square + a * kThin, kThin * sizeof(float));
+      }
+    }
+  }
+
+  // o_rows += P V for the keys [j0, j1) and the columns from i on.
+  template <DType kType, int kWide>
+  void thin_values(int64_t j0, int64_t j1, int64_t i, float* o_rows) {
+    using S = Simd;
+    for (; i + kWide * kLanes <= p.e; i += kWide * kLanes) {
+      S::F sum[kThin][kWide];
+#pragma GCC unroll 4
+      for (int m = 0; m < kThin; ++m)
+#pragma GCC unroll 4
+        for (int x = 0; x < kWide; ++x) sum[m][x] = S::load(o_rows + m * p.e + i + x * kLanes);
+      for (int64_t j = j0; j < j1; ++j) {
+        S::F v[kWide];
+#pragma GCC unroll 4
+        for (int x = 0; x < kWide; ++x) v[x] = load_lanes<kType>(v_rows[j], i + x * kLanes);
+        const float* weight = s + j * kLanes;
+#pragma GCC unroll 4
+        for (int m = 0; m < kThin; ++m) {
+          S::F w = S::set(weight[m]);
+#pragma GCC unroll 4
+          for (int x = 0; x < kWide; ++x) sum[m][x] = S::fma(w, v[x], sum[m][x]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < kThin; ++m)
+#pragma GCC unroll 4
+        for (int x = 0; x < kWide; ++x) S::store(o_rows + m * p.e + i + x * kLanes, sum[m][x]);
+    }
+    if constexpr (kWide > 1) {
+      if (i < p.e) thin_values<kType, kWide / 2>(j0, j1, i, o_rows);
     }
   }
 

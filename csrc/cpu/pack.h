@@ -110,6 +110,13 @@ inline void transpose(const float* x, int64_t ldx, int64_t columns, float* y, in
       Simd::transpose(x + r * ldx + c, ldx, y + c * width + r, width);
 }
 
+// Rows lie apart, often on pages of their own, where no hardware prefetcher looks: so many of them
+// ahead are worth asking for.
+inline int64_t rows_ahead(int64_t bytes) { return 1 + 4096 / bytes; }
+inline void prefetch_row(const char* x, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(x + i);
+}
+
 // How a dtype goes through the micro-kernels. kDepth values along the contracted dimension make one
 // element.
 struct AsFloats {

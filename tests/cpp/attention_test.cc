@@ -473,6 +473,9 @@ void test_check() {
   p.cu_seqlens_q = negative;
   says("`cu_seqlens_q`[0, 0] is -1");
   p.cu_seqlens_q = nullptr;
+  p.max_seqlen_k = 7;
+  says("`max_seqlen_k` is 7");
+  p.max_seqlen_k = -1;
   // Two pages of four keys; only the first of row 1 is in use.
   int32_t pages[] = {0, 1, 2, 77}, used[] = {8, 4};
   p.c = 3, p.p = 2, p.page = 4, p.page_table = pages, p.seqused_k = used;
