@@ -14,7 +14,7 @@ EXTRA = $(shell $(BIN)/python -c "import sys, tomllib; \
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f 2>/dev/null)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo test cpp-test lint format bench-cpu bench-memory cuda-ci clean
+.PHONY: help demo test cpp-test lint format bench-cpu bench-memory record-cpu cuda-ci clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -50,6 +50,11 @@ bench-cpu: $(VENV)/bench-cpu $(VENV)/demo ## the CPU benchmark, to out/bench-cpu
 
 bench-memory: $(VENV)/core ## peak memory against sequence length, to out/memory-cpu.json
 	$(BIN)/python -m bench.memory --out out/memory-cpu.json
+
+record-cpu: $(VENV)/bench-cpu ## measure again what README says of the CPU (on a quiet machine), and bring README up to date
+	$(BIN)/python -m bench.run --suite cpu --out bench/results/cpu/attention.json $(BENCH_ARGS)
+	$(BIN)/python -m bench.memory --out bench/results/cpu/memory.json
+	$(BIN)/python -m docs.tables
 
 cuda-ci: $(BIN)/python ## compile the CUDA kernels tagged ci, and check them for spills; needs nvcc, no GPU
 	FLASHJAX_CUDA=1 FLASHJAX_KERNELS=ci $(BIN)/python -m pip wheel -q --no-deps -w build/cuda-ci/wheel -Cbuild-dir=build/cuda-ci .
