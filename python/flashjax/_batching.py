@@ -4,7 +4,6 @@ Folding late keeps mapped axes apart from the batch for as long as shardings are
 mapped axis nor a sharded batch below it has to be gathered.
 """
 
-import contextlib
 import math
 
 import jax
@@ -40,8 +39,8 @@ def batching_rule(bind, operands, dims, call: Call):
         )
 
     # vmap hides the mesh axis of what it maps; these operands still have it.
-    mesh = next((t.mesh for t in types if not t.mesh.empty), None)
-    with jax.sharding.use_abstract_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    mesh = next((t.mesh for t in types if not t.mesh.empty), jax.sharding.get_abstract_mesh())
+    with jax.sharding.use_abstract_mesh(mesh):
         results = bind(*(lead(*x) for x in zip(operands, dims, slots, strict=True)))
     return results, [0] * len(results)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+from typing import Any
 
 import jax
 import jax.core
@@ -30,7 +31,8 @@ def is_for_export(ctx) -> bool:
 
 def varying(x) -> frozenset:
     """The manual mesh axes over which an array, or its type, varies (shard_map with check_vma)."""
-    return (x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)).manual_axis_type.varying
+    type_: Any = x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)
+    return type_.manual_axis_type.varying
 
 
 def typed(like, shape, dtype, sharding, axes):
@@ -39,7 +41,9 @@ def typed(like, shape, dtype, sharding, axes):
     return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding, manual_axis_type=axes)
 
 
+@contextlib.contextmanager
 def manual_axes(sizes):
-    """A context in which a lowering may name mesh axes that are manual around its call."""
-    core = importlib.import_module("jax._src.core")
-    return core.extend_axis_env_nd(list(sizes.items())) if sizes else contextlib.nullcontext()
+    """A context in which a lowering may name mesh axes that are manual around its call, on values without types."""
+    core, config = (importlib.import_module(f"jax._src.{name}") for name in ("core", "config"))
+    with core.extend_axis_env_nd(list(sizes.items())), config._check_vma(False):
+        yield

@@ -5,6 +5,7 @@ reference; the transpose of that is flashjax_backward, which has kernels. Those 
 """
 
 import functools
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -77,9 +78,14 @@ def _attention_jvp(call: Call, primals, tangents):
         if name in DIFFERENTIABLE and type(tangent) is not ad.Zero
     }
     if not nonzero:
-        return [out, lse], [ad.Zero.from_primal_value(x) for x in (out, lse)]
+        return [out, lse], [_zero(x) for x in (out, lse)]
     linear = Call(TANGENT, call.names, call.attrs, tuple(nonzero))
     return [out, lse], _bind(linear, *primals, out, lse, *nonzero.values())
+
+
+def _zero(x):
+    type_: Any = jax.typeof(x)
+    return ad.Zero(type_.to_tangent_aval())
 
 
 def _reference_jvp(call: Call, primals, tangents):
@@ -91,7 +97,7 @@ def _reference_jvp(call: Call, primals, tangents):
         if type(tangent) is not ad.Zero and slot.name not in ("out", "lse") and slot.type != "S32"
     ]
     if not moving:
-        return results, [ad.Zero.from_primal_value(x) for x in results]
+        return results, [_zero(x) for x in results]
 
     def function(*xs):
         operands = list(primals)
@@ -155,14 +161,16 @@ def _gathered_gradients(call: Call, wanted, primals, out, lse, cotangents):
             return [arrays[name] for name in wanted], (arrays, folded[n:])
 
         function, values = _in_slots(call, wanted, operands[:n], gather)
-        _, scatter, (arrays, rest) = jax.vjp(function, *values, has_aux=True)
+        pulled: Any = jax.vjp(function, *values, has_aux=True)
+        _, scatter, (arrays, rest) = pulled
         names = in_order(arrays)
         dense = Call(TANGENT, names, call.attrs, wanted)
-        gradients = _kernel_gradients(dense, wanted, [arrays[name] for name in names], *rest[:2], rest[2:])
+        out, lse, *cotangents = rest
+        gradients = _kernel_gradients(dense, wanted, [arrays[name] for name in names], out, lse, cotangents)
         return list(scatter([gradients[name] for name in wanted]))
 
     shardings = [jax.typeof(primals[call.names.index(name)]).sharding for name in wanted]
-    values = _partition.outside_types(run, shardings)(*primals, out, lse, *cotangents)
+    values: Any = _partition.outside_types(run, shardings)(*primals, out, lse, *cotangents)
     return dict(zip(wanted, values, strict=True))
 
 

@@ -1,10 +1,9 @@
 """What one bind of a primitive computes: its operands, its results, and the function that relates them."""
 
 import dataclasses
-import math
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from flashjax import _ffi, _reference, _support
 from flashjax._slots import SLOTS, Slot
@@ -44,15 +43,17 @@ class Call:
         """Rows find their keys through a table, so that k and v have no batch axis of their own."""
         return "page_table" in self.names or "batch_idx" in self.names
 
-    def result_types(self, operands) -> list[tuple[tuple[int, ...], jnp.dtype]]:
+    def result_types(self, operands) -> list[tuple[tuple[int, ...], np.dtype]]:
         """Shapes and dtypes of the results, from those of the operands."""
         at = dict(zip(self.names, operands, strict=False))
         q, v = at["q"], at["v"]
         if self.direction == BACKWARD:
-            return [(at[slot.name].shape, q.dtype if slot.type == "T" else jnp.float32) for slot in self.results]
+            return [
+                (at[slot.name].shape, q.dtype if slot.type == "T" else np.dtype(np.float32)) for slot in self.results
+            ]
         b, s, h, _ = q.shape[-4:]
         lead = self.leading_sizes(operands)
-        return [((*lead, b, s, h, v.shape[-1]), q.dtype), ((*lead, b, h, s), jnp.float32)]
+        return [((*lead, b, s, h, v.shape[-1]), q.dtype), ((*lead, b, h, s), np.dtype(np.float32))]
 
     def leading_sizes(self, operands) -> tuple[int, ...]:
         """The sizes of the axes that vmap added."""
@@ -88,7 +89,3 @@ class Call:
     def _reference_in(self, names, arrays):
         """The reference as a function of some slots."""
         return lambda *xs: _reference.attention(arrays | dict(zip(names, xs, strict=True)), self.attrs)
-
-
-def size(shape) -> int:
-    return math.prod(shape)

@@ -5,6 +5,7 @@ The plan is one for all three ways in which JAX says where arrays are: Auto mesh
 is one device's. Sharded dims are gathered, and sequences where _ring.py knows no way to split them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -205,7 +206,8 @@ def lower(ctx, call: Call, platform: str, *values):
     line = call.attrs.sequence.line
 
     def without_types(*xs):
-        with jax.sharding.use_abstract_mesh(context), _compat.manual_axes(line.sizes_by_name if line else {}):
+        manual = _compat.manual_axes(line.sizes_by_name) if line else contextlib.nullcontext()
+        with jax.sharding.use_abstract_mesh(context), manual:
             return run(*xs)
 
     plain = [jax.core.ShapedArray(x.shape, x.dtype) for x in operands]
@@ -266,7 +268,7 @@ def _rule(call: Call, operands, results) -> SdyShardingRule:
     group = h // g
     # Query head i reads key head i // group, so key heads are the major factor. A factor in a compound may not be 1.
     heads = CompoundFactor("g", "group") if g > 1 and group > 1 else "g" if group == 1 else "group"
-    sizes = {"group": group} if g > 1 and group > 1 else {}
+    sizes: dict = {"group": group} if g > 1 and group > 1 else {}
     count = 0
 
     def mapping(slot, x):
