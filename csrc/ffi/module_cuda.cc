@@ -52,7 +52,7 @@ Facts facts(const std::string& direction, const std::string& dtype, int64_t d, i
 #define SLOT(name, type, dims) set(#name, p.name);
 #include "../attention/slots.def"
 #undef SLOT
-#define ATTR(name, type) p.name = nb::cast<type>(attrs[#name]);
+#define ATTR(name, type) p.name = static_cast<type>(nb::cast<double>(nb::float_(attrs[#name])));
 #include "../attention/attrs.def"
 #undef ATTR
   return facts_of(direction == "backward" ? Direction::Backward : Direction::Forward, p);

@@ -67,10 +67,9 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
         return 0
     if target == "flashjax_fwd":
         return 256  # a ticket counter
-    if widest > 128:
-        return 0
+    width = next(x for x in (64, 128, 256) if widest <= x)
     rows = -(-s // 128) * 128
-    return 4 * b * h * rows * ((64 if widest <= 64 else 128) + 2)  # dq in float32, and two statistics of each query
+    return 4 * b * h * rows * (width + 2)  # dq in float32, and two statistics of each query
 
 
 def runtime_ffi_api() -> tuple[int, int] | None:

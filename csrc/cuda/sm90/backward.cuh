@@ -3,6 +3,7 @@
 #pragma once
 #include "backward_kernel.cuh"
 #include "backward_passes.cuh"
+#include "backward_wide_kernel.cuh"
 #include "host.h"
 
 namespace flashjax::simt {
@@ -11,13 +12,28 @@ cudaError_t launch_backward_bias(const BwdParams&, cudaStream_t);  // csrc/cuda/
 
 namespace flashjax::sm90 {
 
+template <typename T, auto kFunction>
+struct Made {
+  using Type = T;
+  static constexpr auto kKernel = kFunction;
+};
+
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   static_assert(D == E);
   constexpr bool kF16 = kType == DType::kF16;
   constexpr int kOptions = (kVariant != cuda::Variant::kFull ? kBackwardMasks : 0) |
                            (kVariant == cuda::Variant::kScores ? kBackwardScores : 0);
-  using K = Backward<kF16, D, M, N, kOptions>;
+  // Over 128 columns need another division of labour.
+  constexpr auto choose = [] {
+    if constexpr (D > 128)
+      return Made<WideBackward<kF16, D, M, N, kOptions>,
+                  wide_backward_kernel<kF16, D, M, N, kOptions>>{};
+    else
+      return Made<Backward<kF16, D, M, N, kOptions>, backward_kernel<kF16, D, M, N, kOptions>>{};
+  };
+  using K = typename decltype(choose())::Type;
+  constexpr auto kernel = decltype(choose())::kKernel;
   const int64_t rows = (p.s + 127) / 128 * 128, heads = p.b * p.h, nblocks = (p.t + N - 1) / N;
   const int64_t blocks = nblocks * p.g * p.b;
   if (heads == 0) return cudaSuccess;
@@ -67,7 +83,6 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     check(tensor_map(v, p.v, p.dtype, p.b, p.t, p.g, p.e, N));
     check(tensor_map(dk, p.dk, p.dtype, p.b, p.t, p.g, p.d, 64));
     check(tensor_map(dv, p.dv, p.dtype, p.b, p.t, p.g, p.e, 64));
-    auto kernel = backward_kernel<kF16, D, M, N, kOptions>;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem));
     if (error != cudaSuccess) return error;
     kernel<<<static_cast<unsigned>(blocks), K::kThreads, K::kSmem, stream>>>(q, k, v, dout, dk, dv,

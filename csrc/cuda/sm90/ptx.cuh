@@ -78,6 +78,11 @@ DI void bulk_add_f32(float* dst, u32 src, u32 bytes) {
       "r"(src), "r"(bytes)
       : "memory");
 }
+DI void add_global4(float* p, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(p), "f"(a), "f"(b),
+               "f"(c), "f"(d)
+               : "memory");
+}
 DI void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int N>
 DI void bulk_wait_read() {
