@@ -29,6 +29,9 @@ def flash_mha(
     return_lse=False,
     deterministic=False,
     implementation=None,
+    sequence_layout=None,
+    strategy="auto",
+    axis_name=None,
 ):
     """Multi-head attention, softmax(scale * q k^T) v, in memory that grows with s + t.
 
@@ -49,6 +52,11 @@ def flash_mha(
       return_lse: also return the log-sum-exp of the scores, float32 (b, h, s), differentiable.
       deterministic: the backward adds in a fixed order, bitwise repeatable.
       implementation: "cpu", "cuda" or "reference" to insist on one; by default the best for the platform.
+      sequence_layout: a `SequenceLayout`, the order in which q, k, v, bias, segment_ids and the results hold the
+        sequence; by default as it is.
+      strategy: how devices share a sequence that is split over them: "ring", "ulysses", "allgather", or "auto".
+      axis_name: inside jax.shard_map, the axis or axes over which the sequence is split. (Elsewhere the sharding of
+        the arrays says it.)
 
     Returns:
       out (b, s, h, e) in the dtype of q, or (out, lse). A query that sees no key gives 0, and -inf as lse.
@@ -61,7 +69,9 @@ def flash_mha(
     """
     check = Checker("flash_mha")
     q, k, v = check.operands(q, k, v, "b s h d", "b t g d", "b t g e")
+    split = check.split(sequence_layout, strategy, axis_name)
     extent = {letter: check.extent[letter] for letter in "bhst"}
+    extent["t"] *= split.line.n if split.line else 1  # a device's rows of the bias have all columns
     bias = check.bias(bias, extent, q.dtype)
     attrs = check.attrs(
         q.shape[-1],
@@ -72,6 +82,7 @@ def flash_mha(
         causal_alignment,
         implementation,
         deterministic=check.static_bool("deterministic", deterministic),
+        sequence=split,
     )
     arrays = {
         "q": q,
@@ -110,6 +121,9 @@ def flash_mha_varlen(
     return_lse=False,
     deterministic=False,
     implementation=None,
+    sequence_layout=None,
+    strategy="auto",
+    axis_name=None,
 ):
     """Attention within each of n sequences of different lengths, packed one after the other.
 
@@ -129,6 +143,8 @@ def flash_mha_varlen(
       segment_ids: int32 (s,), or a pair ((s,), (t,)).
       softmax_scale, is_causal, window_size, softcap, sinks, causal_alignment, return_lse, deterministic,
       implementation: as for `flash_mha`, for each sequence by itself.
+      sequence_layout, strategy, axis_name: as for `flash_mha`, for the s rows of all sequences together; cu_seqlens
+        count rows in their natural order, and with `axis_name` those of all devices.
 
     Returns:
       out (s, h, e), or (out, lse) with lse (h, s). Rows outside every sequence are 0, and -inf in lse.
@@ -145,6 +161,7 @@ def flash_mha_varlen(
     cu_seqlens_q = check.integers("cu_seqlens_q", cu_seqlens_q, "n+1")
     if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
         check.fail("cu_seqlens_k", "given, since q and k have different total lengths", None)
+    is_self = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else check.integers("cu_seqlens_k", cu_seqlens_k, "n+1")
     longest = {
         name: None if x is None else check.static_int(name, x)
@@ -162,6 +179,7 @@ def flash_mha_varlen(
         implementation,
         deterministic=check.static_bool("deterministic", deterministic),
         **{name: -1 if x is None else x for name, x in longest.items()},
+        sequence=check.split(sequence_layout, strategy, axis_name, is_self),
     )
     arrays = {
         "q": q,

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from flashjax._types import Attrs
+from flashjax._layouts import SequenceLayout
+from flashjax._line import Line
+from flashjax._types import Attrs, Split
 
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("cpu", "cuda", "reference")
+STRATEGIES = ("auto", "ring", "ulysses", "allgather")
 
 
 def describe(x) -> str:
@@ -102,6 +105,32 @@ class Checker:
             implementation=implementation,
             **extra,
         )
+
+    def split(self, layout, strategy, axis_name, is_self: bool = True) -> Split:
+        """How the sequence lies in its arrays, and how devices share it."""
+        layout = SequenceLayout() if layout is None else layout
+        if not isinstance(layout, SequenceLayout):
+            hint = f'For instance SequenceLayout("{layout}", parts=8)' if isinstance(layout, str) else ""
+            self.fail("sequence_layout", "None or a flashjax.SequenceLayout", layout, TypeError, hint)
+        if strategy not in STRATEGIES:
+            self.fail("strategy", f"one of {STRATEGIES}", strategy)
+        line = None if axis_name is None else self._line(axis_name)
+        for letter in "st":
+            extent = self.extent[letter] * (line.n if line else 1)
+            if extent % layout.unit:
+                self.fail("sequence_layout", f"of parts that divide {letter} = {extent}", str(layout), hint="Pad it")
+        return Split(layout, strategy, line, is_self)
+
+    def _line(self, axis_name) -> Line:
+        names = (axis_name,) if isinstance(axis_name, str) else axis_name
+        if not isinstance(names, Sequence) or not names or len(set(names)) < len(names):
+            self.fail("axis_name", "None, a mesh axis, or several different ones", axis_name, TypeError)
+        mesh = jax.sharding.get_abstract_mesh()
+        for name in names:
+            if name not in mesh.manual_axes:
+                hint = "Outside of jax.shard_map leave it out: there the sharding of the arrays says how they are split"
+                self.fail("axis_name", f"of {mesh.manual_axes}, the manual axes here", name, ValueError, hint)
+        return Line.of(names, mesh.shape)
 
     # Arrays.
 

@@ -7,6 +7,7 @@ from the front and its mirror image from the back; striped deals positions out o
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -88,14 +89,19 @@ class SequenceLayout:
         return self.is_natural or not x.shape[axis]
 
     def _chunks(self, x, axis, order):
-        xp, axis = np if isinstance(x, np.ndarray) else jnp, axis % x.ndim
-        chunks = x.reshape(*x.shape[:axis], len(order), x.shape[axis] // len(order), *x.shape[axis + 1 :])
-        return xp.concatenate([chunks[(slice(None),) * axis + (i,)] for i in order], axis=axis)
+        axis %= x.ndim
+        size = x.shape[axis] // len(order)
+
+        def run(x):  # no indices: custom_partitioning takes no constant arrays
+            chunks = [x[(slice(None),) * axis + (slice(i * size, (i + 1) * size),)] for i in order.tolist()]
+            return (np if isinstance(x, np.ndarray) else jnp).concatenate(chunks, axis=axis)
+
+        return _untyped(run, x)
 
     def _transposed(self, x, axis, shape):
-        xp, axis = np if isinstance(x, np.ndarray) else jnp, axis % x.ndim
-        parts = x.reshape(*x.shape[:axis], *shape, *x.shape[axis + 1 :])
-        return xp.swapaxes(parts, axis, axis + 1).reshape(x.shape)
+        axis %= x.ndim
+        shape = (*x.shape[:axis], *shape, *x.shape[axis + 1 :])
+        return _untyped(lambda x: x.reshape(shape).swapaxes(axis, axis + 1).reshape(x.shape), x)
 
     def pieces(self, length: int, devices: int) -> list[tuple[Piece, ...]] | None:
         """What each of the devices holds of a sequence split evenly over them; None if they cut through its pieces."""
@@ -121,3 +127,11 @@ class SequenceLayout:
             return i + self.parts * at
         part, is_back = divmod(i, 2)
         return (2 * self.parts - 1 - part if is_back else part) * run + at
+
+
+def _untyped(function, x):
+    """function(x), of the sharding of x. Explicit mesh axes would ask for one at every step."""
+    sharding = None if isinstance(x, np.ndarray) else jax.typeof(x).sharding
+    if sharding is None or jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return function(x)
+    return jax.sharding.auto_axes(function, out_sharding=sharding)(x)

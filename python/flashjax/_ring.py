@@ -21,7 +21,6 @@ from flashjax._operation import FORWARD, TANGENT, Call
 from flashjax._slots import SLOTS, Slot, in_order
 from flashjax._types import Arrays, Split
 
-STRATEGIES = ("auto", "ring", "ulysses", "allgather")
 _KEY_SIDE = ("k", "v", "segment_ids_k")
 _CACHE = ("leftpad", "batch_idx", "page_table", "shift")
 
@@ -208,6 +207,13 @@ def _ulysses(call, implementation, line, operands):
 # Parts of sequences.
 
 
+def hops(queries, keys, mask: Mask) -> list[tuple[int, list[tuple[Block, ...]]]]:
+    """For each distance over which keys are needed at all: the blocks of each device."""
+    n = len(queries)
+    found = [(d, [_blocks.blocks(queries[i], keys[(i - d) % n], mask) for i in range(n)]) for d in range(n)]
+    return [(d, plans) for d, plans in found if any(plans)]
+
+
 class _Parts:
     """Ring and allgather: the attention of this device's queries to the keys of one device after the other."""
 
@@ -226,19 +232,10 @@ class _Parts:
         self.mask = Mask(call.attrs.window_left, call.attrs.window_right, offset, "alibi_slopes" in call.names)
 
     def run(self, strategy: str) -> list[jax.Array]:
-        hops = self._hops() if strategy == "ring" else None
+        route = hops(self.queries, self.keys, self.mask) if strategy == "ring" else None
         if self.call.direction == FORWARD:
-            return self._forward(hops)
-        return self._backward(hops)
-
-    def _hops(self) -> list[tuple[int, list[tuple[Block, ...]]]]:
-        """For each distance from which keys are needed at all: the blocks of each device."""
-        n = self.line.n
-        hops = [
-            (d, [_blocks.blocks(self.queries[i], self.keys[(i - d) % n], self.mask) for i in range(n)])
-            for d in range(n)
-        ]
-        return [(d, plans) for d, plans in hops if any(plans)]
+            return self._forward(route)
+        return self._backward(route)
 
     def _all_at_once(self):
         """All keys here, in order if they can be; the blocks of each device; and the way back."""
@@ -255,7 +252,7 @@ class _Parts:
 
     # Forward.
 
-    def _forward(self, hops):
+    def _forward(self, route):
         q, v = self.arrays["q"], self.key_side["v"]
         b, s, h, _ = q.shape
         out = jnp.zeros((b, s, h, v.shape[-1]), jnp.float32)
@@ -265,15 +262,15 @@ class _Parts:
             if self.is_packed:
                 lse = jnp.where(self.arrays["segment_ids_q"][:, None] >= 0, lse, -jnp.inf)
         so_far = (out, lse) if "sinks" in self.arrays else None
-        if hops is None:
+        if route is None:
             keys, plans, _ = self._all_at_once()
             out, lse = self._attend(plans, keys, so_far, (out, lse))
             return [out.astype(q.dtype), lse]
-        keys = {name: self.line.shift(x, hops[0][0]) for name, x in self.key_side.items()} if hops else {}
-        for i, (distance, plans) in enumerate(hops):
+        keys = {name: self.line.shift(x, route[0][0]) for name, x in self.key_side.items()} if route else {}
+        for i, (distance, plans) in enumerate(route):
             arriving = keys
-            if i + 1 < len(hops):  # the transfer does not wait for this computation, nor this for it
-                arriving = {name: self.line.shift(x, hops[i + 1][0] - distance) for name, x in keys.items()}
+            if i + 1 < len(route):  # the transfer does not wait for this computation, nor this for it
+                arriving = {name: self.line.shift(x, route[i + 1][0] - distance) for name, x in keys.items()}
             so_far = self._attend(plans, keys | self._bias_of(distance), so_far, (out, lse))
             keys = arriving
         out, lse = so_far or (out, lse)
@@ -315,12 +312,12 @@ class _Parts:
 
     # Backward.
 
-    def _backward(self, hops):
+    def _backward(self, route):
         arrays, line = self.arrays, self.line
         sums = {"q": jnp.zeros(arrays["q"].shape, jnp.float32)}
         if "bias" in self.call.wanted:
             sums["bias"] = jnp.zeros(arrays["bias"].shape, jnp.float32)
-        if hops is None:
+        if route is None:
             keys, plans, layout = self._all_at_once()
             parts = self._gradients(plans, keys)
             for name in ("k", "v"):
@@ -329,12 +326,12 @@ class _Parts:
             if "bias" in parts:
                 sums["bias"] = layout.reorder(parts["bias"], 4) if parts["bias"].shape[4] > 1 else parts["bias"]
         else:
-            keys = {name: line.shift(x, hops[0][0]) for name, x in self.key_side.items()} if hops else {}
+            keys = {name: line.shift(x, route[0][0]) for name, x in self.key_side.items()} if route else {}
             travelling, at = None, 0
-            for i, (distance, plans) in enumerate(hops):
+            for i, (distance, plans) in enumerate(route):
                 arriving = keys
-                if i + 1 < len(hops):
-                    arriving = {name: line.shift(x, hops[i + 1][0] - distance) for name, x in keys.items()}
+                if i + 1 < len(route):
+                    arriving = {name: line.shift(x, route[i + 1][0] - distance) for name, x in keys.items()}
                 parts = self._gradients(plans, keys | self._bias_of(distance))
                 sums["q"] = parts["q"] if i == 0 else sums["q"] + parts["q"]
                 if "bias" in sums:

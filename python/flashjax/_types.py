@@ -15,7 +15,7 @@ class Split:
     """How sequences lie in their arrays, and how devices that hold parts of them share the work."""
 
     layout: SequenceLayout = dataclasses.field(default_factory=SequenceLayout)
-    strategy: str = "auto"  # or one of _ring.STRATEGIES
+    strategy: str = "auto"  # or one of _checks.STRATEGIES
     line: Line | None = None  # the devices whose parts the operands are, where the call already is one device's
     is_self: bool = True  # packed keys lie at the positions of their queries
 
