@@ -20,27 +20,27 @@ _CAST = {int: np.int64, float: np.float32, bool: bool}
 _PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}  # extension module -> platform as XLA calls it
 
 
-def forward(arrays: Arrays, attrs: Attrs) -> list[jax.Array]:
-    """out (b, s, h, e) and lse (b, h, s), by the kernels of the platform that the program is compiled for."""
+def forward(arrays: Arrays, attrs: Attrs, platform: str) -> list[jax.Array]:
+    """out (b, s, h, e) and lse (b, h, s), by the kernels of the platform that the program is compiled for, "cpu" or "cuda"."""
     q, v = arrays["q"], arrays["v"]
     b, s, h, _ = q.shape
     results = [
         jax.ShapeDtypeStruct((b, s, h, v.shape[-1]), q.dtype),
         jax.ShapeDtypeStruct((b, h, s), jnp.float32),
     ]
-    return _call("flashjax_fwd", results, arrays, attrs, ())
+    return _call("flashjax_fwd", results, arrays, attrs, (), platform)
 
 
-def backward(arrays: Arrays, attrs: Attrs, wanted: tuple[str, ...]) -> list[jax.Array]:
+def backward(arrays: Arrays, attrs: Attrs, wanted: tuple[str, ...], platform: str) -> list[jax.Array]:
     """dq, dk, dv, and the float32 gradients of the slots `wanted`. `arrays` also has out, lse, dout and dlse."""
     results = [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in ("q", "k", "v")]
     results += [jax.ShapeDtypeStruct(arrays[name].shape, jnp.float32) for name in wanted]
-    return _call("flashjax_bwd", results, arrays, attrs, wanted)
+    return _call("flashjax_bwd", results, arrays, attrs, wanted, platform)
 
 
-def _call(target, results, arrays, attrs, wanted):
+def _call(target, results, arrays, attrs, wanted, platform):
     names = in_order(arrays)
-    scratch = workspace_bytes(target, arrays, attrs)
+    scratch = workspace_bytes(target, arrays, attrs) if platform == "cuda" else 0
     if scratch:
         results = [*results, jax.ShapeDtypeStruct((scratch,), jnp.uint8)]
     # Attributes are cached by equality, where 1 == 1.0 == True: each must always come with the same type.
@@ -56,7 +56,7 @@ def _call(target, results, arrays, attrs, wanted):
 
 
 def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
-    """Bytes of scratch memory that the kernels of every platform need for a call; 0: none.
+    """Bytes of scratch memory that the CUDA kernels need for a call; 0: none.
 
     A function of shapes alone, since the platform's kernel is chosen when the program runs.
     """

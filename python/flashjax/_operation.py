@@ -71,13 +71,14 @@ class Call:
         n = len(self.names)
         arrays = dict(zip(self.names, operands[:n], strict=True))
         if self.direction == FORWARD:
-            run = _reference.attention if implementation == "reference" else _ffi.forward
-            return list(run(arrays, self.attrs))
+            if implementation == "reference":
+                return list(_reference.attention(arrays, self.attrs))
+            return _ffi.forward(arrays, self.attrs, implementation)
         if self.direction == BACKWARD:
             out, lse, dout, dlse = operands[n:]
             if implementation != "reference":
                 arrays |= {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
-                return _ffi.backward(arrays, self.attrs, self.wanted)
+                return _ffi.backward(arrays, self.attrs, self.wanted, implementation)
             names = [slot.name for slot in self.results]
             _, vjp = jax.vjp(self._reference_in(names, arrays), *(arrays[name] for name in names))
             types = self.result_types(operands)
