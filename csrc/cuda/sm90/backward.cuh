@@ -1,6 +1,8 @@
 // The launches of the sm_90a backward: statistics, main, conversion, and what was asked for of
 // dsinks and dbias.
 #pragma once
+#include <algorithm>
+
 #include "backward_kernel.cuh"
 #include "backward_passes.cuh"
 #include "backward_wide_kernel.cuh"
@@ -47,9 +49,11 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   float *lse2 = acc + heads * rows * D, *delta = lse2 + heads * rows;
   a.lse2 = lse2, a.delta = delta, a.dq = acc, a.rows = static_cast<int>(rows);
   a.nblocks = static_cast<int>(nblocks), a.group = 1;
-  if (K::kMask) {  // a quarter of the L2
-    const int64_t near = heads_in_l2(16 * p.s * D) * p.g / p.h;
-    a.group = static_cast<int>(near < 1 ? 1 : near < p.g * p.b ? near : p.g * p.b);
+  if (K::kMask) {
+    // Heads whose Q, dO and dQ fit in the L2 together, but enough of them that the short blocks of
+    // one section fill the gaps that the long ones of the next leave.
+    const int64_t near = std::max<int64_t>(heads_in_l2(16 * p.s * D), 4) * p.g / p.h;
+    a.group = static_cast<int>(std::min(std::max<int64_t>(near, 2), p.g * p.b));
   }
   // A query may see nothing if its window lies before the first key or after the last, or if scores
   // or segments say so.
