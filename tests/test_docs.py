@@ -14,7 +14,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
 
 
-@pytest.mark.parametrize("name", ["flash_mha", "flash_mha_varlen", "flash_mha_with_kvcache", "support"])
+@pytest.mark.parametrize(
+    "name", ["flash_mha", "flash_mha_varlen", "flash_mha_with_kvcache", "SequenceLayout", "support"]
+)
 def test_docstring_example(name):
     function = getattr(flashjax, name)
     tests = doctest.DocTestFinder().find(function, name)

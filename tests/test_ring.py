@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import math
 import os
 import pathlib
@@ -628,3 +629,18 @@ def test_two_processes(tmp_path):
     texts = [(tmp_path / f"{i}.log").read_text() for i in range(2)]
     assert codes == [0, 0], "\n".join(texts)
     assert all("the ring agrees" in text for text in texts)
+
+
+# The example.
+
+
+def test_example_trains_as_on_one_device():
+    pytest.importorskip("optax")
+    path = pathlib.Path(__file__).parents[1] / "examples" / "train_parallel.py"
+    specification = importlib.util.spec_from_file_location("train_parallel", path)
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    many = example.train(jax.devices()[:8], data_parallel=2, steps=5, batch=2, length=64)
+    one = example.train(jax.devices()[:1], data_parallel=1, steps=5, batch=2, length=64)
+    np.testing.assert_allclose(many, one, rtol=1e-4)
+    assert one[-1] < one[0] - 0.3
