@@ -375,7 +375,7 @@ def compare(name: str, got, expected: np.ndarray, naive: np.ndarray, logit: floa
     size = np.abs(expected[finite])
     error = np.abs(got[finite] - expected[finite])
     naive_error = np.abs(naive.astype(np.float64)[finite] - expected[finite])
-    float_unit = _UNIT["float32"] * (8 + logit)
+    float_unit = 2 * _UNIT["float32"] * (8 + logit)
     for which, number, factor, extra in (("largest", np.max, 2.0, 1.0), ("mean", np.mean, 1.5, 0.5)):
         scale = number(size)
         floor = extra * (float_unit * (scale + 0.5) + (0.25 * unit * scale if unit > 1e-6 else 0.0))
