@@ -607,6 +607,20 @@ def test_a_strategy_that_cannot_serve(random, sizes, options, message):
         )
 
 
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("through", ["page_table", "cache_batch_idx"])
+def test_a_cache_whose_pages_are_split(random, kind, through):
+    """Tables count the pages of all devices, so pages must not be split; said with the axis and the way out."""
+    on = mesh(kind)
+    arrays = dense(random, b=4)
+    arrays = {"q": arrays["q"][:2, :1], "k_cache": arrays["k"], "v_cache": arrays["v"]}
+    table = np.array([[3, 1], [0, 2]] if through == "page_table" else [3, 0], np.int32)
+    specs = {"k_cache": P("data"), "v_cache": P("data")}
+    placed = place(arrays | {through: table}, on, specs)
+    with jax.set_mesh(on), pytest.raises(Exception, match=f"over mesh axis 'data', .* `{through}`. Split its heads"):
+        jax.jit(flashjax.flash_mha_with_kvcache)(**placed)
+
+
 # Several processes.
 
 

@@ -70,6 +70,19 @@ def _axes(entry) -> Axes:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
+def _check_cache(call: Call, slot: Slot, spec, leading: int, mesh_shape):
+    """Gathering a whole cache at every step would be right, and what nobody wants."""
+    split = _axes(spec[leading]) if call.is_indirect and slot.letters[0] == "c" and len(spec) > leading else ()
+    split = [axis for axis in split if mesh_shape[axis] > 1]
+    if split:
+        table, unit = ("page_table", "pages") if "page_table" in call.names else ("cache_batch_idx", "entries")
+        raise ValueError(
+            f"flash_mha_with_kvcache: the {unit} of `{slot.name}_cache` (dimension {leading}) are split over mesh axis "
+            f"{' and '.join(map(repr, split))}, but any row may look up any of them through `{table}`. Split its heads "
+            f"(dimension {leading + 2}) instead; or give each device a cache and a table of its own, in jax.shard_map"
+        )
+
+
 def plan(call: Call, operands, mesh_shape, placed) -> Plan:
     """The plan that follows what is `placed`, (slot, shape, spec) each, where the first to split a thing decides."""
     lead_sizes = call.leading_sizes(operands)
@@ -78,6 +91,7 @@ def plan(call: Call, operands, mesh_shape, placed) -> Plan:
     t, g = k.shape[-3:-1]
     wish: dict = {}
     for slot, shape, spec in placed:
+        _check_cache(call, slot, spec, len(lead_sizes), mesh_shape)
         for key, entry in zip(_keys(call, slot, shape, lead_sizes), spec, strict=False):
             axes = _axes(entry)
             wish.setdefault(key, axes) if axes else None
