@@ -104,9 +104,11 @@ def heading(result) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     ceilings = result["ceilings"]
     unit, scale = ("TFLOP/s", 1) if ceilings["matmul_tflops"] >= 1 else ("GFLOP/s", 1e3)
+    busy = result.get("load", 0) > 1 and "cores" in result["device"]
+    note = f" Other work ran beside it (load average {result['load']}): trust ratios, not rates." if busy else ""
     return (
         f"{result['device']}; {versions}. A matrix product ({ceilings['matmul']}) reached "
-        f"{scale * ceilings['matmul_tflops']:.0f} {unit} in the same run."
+        f"{scale * ceilings['matmul_tflops']:.0f} {unit} in the same run.{note}"
     )
 
 

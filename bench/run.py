@@ -153,6 +153,7 @@ def main():
         "csrc_tree": csrc_tree(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join(["python -m bench.run", *sys.argv[1:]]),
+        "load": round(os.getloadavg()[0], 1),  # other work on the machine, if much more than 0
         "absent": absent,
         "ceilings": ceilings(),
         "skipped": [],
