@@ -77,7 +77,7 @@ def _block(q: Piece, k: Piece, mask: Mask) -> Block | None:
         assert q.stride == 1
         shift = row - col - ahead
     else:
-        shift = 0 if low is None and high is None else low if high is None else high
+        shift = high if high is not None else low if low is not None else 0
     return Block(
         (q.offset + row, q.offset + rows),
         (k.offset + col, k.offset + cols),

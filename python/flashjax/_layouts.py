@@ -5,7 +5,7 @@ from the front and its mirror image from the back; striped deals positions out o
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ class SequenceLayout:
         """int32 (length,): the position in the sequence of each row of the array, as rotary embeddings need it."""
         return self.reorder(np.arange(length, dtype=np.int32), axis=0)
 
-    def reorder(self, x, axis: int = 1):
+    def reorder(self, x: Any, axis: int = 1) -> Any:
         """`x` (values, positions, segment ids, targets), in order along `axis`, in the order of this layout."""
         if self._is_unchanged(x, axis):
             return x
@@ -72,7 +72,7 @@ class SequenceLayout:
         order = np.arange(2 * self.parts).reshape(2, self.parts)
         return self._chunks(x, axis, np.stack([order[0], order[1, ::-1]], axis=1).ravel())
 
-    def restore(self, x, axis: int = 1):
+    def restore(self, x: Any, axis: int = 1) -> Any:
         """The inverse of `reorder`."""
         if self._is_unchanged(x, axis):
             return x

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from flashjax import _blocks, _support
 from flashjax._blocks import Block, Mask
-from flashjax._layouts import SequenceLayout
+from flashjax._layouts import Piece, SequenceLayout
 from flashjax._line import Line
 from flashjax._operation import FORWARD, TANGENT, Call
 from flashjax._slots import SLOTS, Slot, in_order
@@ -222,7 +222,7 @@ class _Parts:
         self.call, self.implementation, self.line = call, implementation, line
         self.s, self.t = arrays["q"].shape[1] * line.n, arrays["k"].shape[1] * line.n
         layout = call.attrs.sequence.layout
-        self.queries, self.keys = layout.pieces(self.s, line.n), layout.pieces(self.t, line.n)
+        self.queries, self.keys = _pieces(layout, self.s, line.n), _pieces(layout, self.t, line.n)
         self.is_packed = "cu_seqlens_q" in call.names or "cu_seqlens_k" in call.names
         if self.is_packed:
             arrays = self._unpacked(arrays)
@@ -247,7 +247,7 @@ class _Parts:
             bias = layout.restore(bias, 4) if bias is not None and bias.shape[4] > 1 else bias
         if bias is not None:
             gathered["bias"] = bias
-        keys = (SequenceLayout() if layout.kind == "zigzag" else layout).pieces(self.t, 1)[0]
+        keys = _pieces(SequenceLayout() if layout.kind == "zigzag" else layout, self.t, 1)[0]
         return gathered, [_blocks.blocks(queries, keys, self.mask) for queries in self.queries], back
 
     # Forward.
@@ -497,6 +497,12 @@ class _Parts:
                 inside = inside[:, None] if name == "dlse" else inside[..., None, None]
                 arrays[name] = jnp.where(inside, x, 0)
         return arrays | {"segment_ids_q": ids["q"], "segment_ids_k": ids["k"]}
+
+
+def _pieces(layout: SequenceLayout, length: int, devices: int) -> list[tuple[Piece, ...]]:
+    pieces = layout.pieces(length, devices)
+    assert pieces is not None  # or `choose` would have said so
+    return pieces
 
 
 def _may_meet(call: Call, operands):
