@@ -21,7 +21,7 @@ _PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}  # extension module -> platform as X
 
 
 def forward(arrays: Arrays, attrs: Attrs, platform: str) -> list[jax.Array]:
-    """out (b, s, h, e) and lse (b, h, s), by the kernels of the platform that the program is compiled for, "cpu" or "cuda"."""
+    """out (b, s, h, e) and lse (b, h, s), by the kernels of `platform`, "cpu" or "cuda"."""
     q, v = arrays["q"], arrays["v"]
     b, s, h, _ = q.shape
     results = [
