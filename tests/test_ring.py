@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import pathlib
@@ -274,6 +275,35 @@ def test_what_does_not_divide_is_gathered(random):
 # What is sent, and what is computed.
 
 
+@LAYOUTS
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_blocks_are_the_mask(kind, n):
+    """All blocks of all pairs of devices together: every score of the mask once, and no other."""
+    windows = [(-1, -1), (-1, 0), (3, 0), (7, 2), (-1, 1), (2, -1), (0, 0), (40, 0)]
+    for parts, (s, t), (left, right), at_end, positional in itertools.product(
+        (1, 2, 4), ((16, 16), (16, 32), (32, 16)), windows, (False, True), (False, True)
+    ):
+        layout = SequenceLayout(kind, parts)
+        if positional and kind == "striped":
+            continue
+        mask = _blocks.Mask(left, right, (t - s) * at_end, positional)
+        distance = layout.positions(t)[None, :] - layout.positions(s)[:, None] - mask.offset
+        want = (distance >= -left if left >= 0 else True) & (distance <= right if right >= 0 else distance == distance)
+        got = np.zeros((s, t), int)
+        queries, keys = layout.pieces(s, n), layout.pieces(t, n)
+        for i, j in itertools.product(range(n), range(n)):
+            for block in _blocks.blocks(queries[i], keys[j], mask):
+                at = np.ix_(i * (s // n) + np.arange(*block.rows), j * (t // n) + np.arange(*block.cols))
+                own = np.arange(at[1].size)[None, :] - np.arange(at[0].size)[:, None] - block.shift
+                live = np.ones(own.shape, bool)
+                live &= (own >= -block.left) | (block.left < 0)
+                live &= (own <= block.right) | (block.right < 0)
+                assert live.sum() == block.work > 0
+                assert not positional or (own == distance[at]).all()
+                got[at] += live
+        np.testing.assert_array_equal(got, want.astype(int))
+
+
 def test_no_transfer_is_wasted(random):
     """Keys travel n - 1 times, and their gradients n times; a window's dead distances are left out."""
     arrays, on = place(dense(random, s=64), mesh(), SEQUENCE), mesh()
@@ -441,7 +471,8 @@ def test_partly_manual(random):
         placed = place(arrays, on, dict.fromkeys(arrays, P("x", "seq", "y")))
         program = jax.jit(lambda q, k, v: run(q, k, v)).lower(**placed).compile()
         close({"out": program(**placed)}, {"out": want})
-    assert used(program.as_text()) == set(RING)
+    older = {"all-gather"} if jax.__version_info__ < (0, 11) else set()  # of what is not manual
+    assert used(program.as_text()) == set(RING) | older
 
 
 # Packed sequences.

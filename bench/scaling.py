@@ -1,0 +1,157 @@
+"""Times attention of a sequence that is split over all devices, against one device of the same run.
+
+    python -m bench.scaling --out out/scaling.json [--tokens 32768] [--check] [--trace out/trace]
+
+Every device has `--tokens` tokens. A row's `tflops` are those of one device, `of_single` their ratio to what a device
+alone computes of a sequence of `--tokens` tokens with the same mask. On a CPU with virtual devices the figures mean
+nothing, but the program runs.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flashjax
+from bench import timing
+from bench.run import csrc_tree, device, versions
+
+CASES = [  # mask, layout, strategy
+    ("full", "contiguous", "ring"),
+    ("full", "contiguous", "ulysses"),
+    ("full", "contiguous", "allgather"),
+    ("causal", "zigzag", "ring"),
+    ("causal", "striped", "ring"),
+    ("causal", "contiguous", "ring"),
+    ("causal", "contiguous", "ulysses"),
+    ("causal", "zigzag", "allgather"),
+]
+
+
+def operands(tokens, args, sharding):
+    shapes = [(1, tokens, heads, args.dim) for heads in (args.heads, args.kv_heads, args.kv_heads, args.heads)]
+    make = jax.jit(
+        lambda keys: [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)],
+        out_shardings=[sharding] * 4,
+    )
+    return make(jax.random.split(jax.random.key(0), 4))
+
+
+def program(mode, **options):
+    def forward(q, k, v, dout):
+        return flashjax.flash_mha(q, k, v, **options)
+
+    def both(q, k, v, dout):
+        out, vjp = jax.vjp(lambda q, k, v: flashjax.flash_mha(q, k, v, **options), q, k, v)
+        return out, vjp(dout)
+
+    return jax.jit(forward if mode == "fwd" else both)
+
+
+def runner(function, arrays):
+    def run(n):
+        for _ in range(n):
+            result = function(*arrays)
+        jax.block_until_ready(result)
+
+    return run
+
+
+def flops(tokens, args, mask, mode):
+    scores = tokens * (tokens + 1) / 2 if mask == "causal" else tokens**2
+    return 4 * scores * args.heads * args.dim * (1 if mode == "fwd" else 3.5)
+
+
+def check(devices, args):
+    """Results and gradients of every case, against one device; errors are relative to the largest value."""
+    tokens = 256 * len(devices)
+    mesh = Mesh(np.asarray(devices), ("seq",), axis_types=(AxisType.Auto,))
+    one = operands(tokens, args, jax.sharding.SingleDeviceSharding(devices[0]))
+    for mask, kind, strategy in CASES:
+        options = {"is_causal": mask == "causal"}
+        layout = flashjax.SequenceLayout(kind, len(devices))
+        many = jax.device_put([layout.reorder(x) for x in one], NamedSharding(mesh, P(None, "seq")))
+        want = jax.tree.leaves(program("fwd+bwd", **options)(*one))
+        got = jax.tree.leaves(program("fwd+bwd", sequence_layout=layout, strategy=strategy, **options)(*many))
+        errors = []
+        for x, y in zip(got, want, strict=True):
+            x, y = (np.asarray(z, np.float32) for z in (layout.restore(x), y))
+            errors.append(float(np.abs(x - y).max() / np.abs(y).max()))
+        print(f"check {mask} {kind} {strategy}: {', '.join(f'{x:.1e}' for x in errors)}", flush=True)
+        if max(errors) > 2e-2:
+            raise SystemExit("the split sequence disagrees with one device")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--tokens", type=int, default=32768, help="of each device")
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--kv-heads", type=int, default=16)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--devices", type=int, default=len(jax.devices()))
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--min-burst", type=float, default=0.3)
+    parser.add_argument("--check", action="store_true", help="compare results and gradients with one device first")
+    parser.add_argument("--trace", type=pathlib.Path, help="write a profile of one causal zigzag fwd+bwd here")
+    args = parser.parse_args()
+
+    devices = jax.devices()[: args.devices]
+    n = len(devices)
+    if args.check:
+        check(devices, args)
+    mesh = Mesh(np.asarray(devices), ("seq",), axis_types=(AxisType.Auto,))
+    alone = operands(args.tokens, args, jax.sharding.SingleDeviceSharding(devices[0]))
+    split = operands(args.tokens * n, args, NamedSharding(mesh, P(None, "seq")))
+    result = {
+        "device": device(),
+        "devices": n,
+        "versions": versions([]),
+        "csrc_tree": csrc_tree(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": " ".join(["python -m bench.scaling", *sys.argv[1:]]),
+        "rows": [],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for mode in ("fwd", "fwd+bwd"):
+        for mask in ("full", "causal"):
+            causal = {"is_causal": mask == "causal"}
+            runs = {"single": runner(program(mode, **causal), alone)}
+            for _, kind, strategy in [case for case in CASES if case[0] == mask]:
+                layout = flashjax.SequenceLayout(kind, n)
+                call = program(mode, **causal, sequence_layout=layout, strategy=strategy)
+                runs[f"{strategy}-{kind}"] = runner(call, split)
+            with timing.ClockMonitor() as clocks:
+                measured = timing.interleaved(runs, args.repeat, args.min_burst)
+            rate = {
+                name: flops(args.tokens * (1 if name == "single" else n), args, mask, mode)
+                / (1 if name == "single" else n)
+                / (times["ms_median"] * 1e9)
+                for name, times in measured.items()
+            }
+            for name, times in measured.items():
+                row = {"case": name, "impl": "flashjax", "mode": mode, "mask": mask, "dtype": "bfloat16", "b": 1}
+                row |= {"tokens": args.tokens, "h": args.heads, "g": args.kv_heads, "d": args.dim, **times}
+                row |= {"tflops": rate[name], "of_single": rate[name] / rate["single"], **clocks.summary()}
+                result["rows"].append(row)
+                print(f"{n} devices, {mode}, {mask}, {name}: {times['ms_median']:.3f} ms, {rate[name]:.1f} TFLOP/s a "
+                      f"device, {100 * row['of_single']:.1f} % of one alone", flush=True)  # fmt: skip
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.trace:
+        layout = flashjax.SequenceLayout("zigzag", n)
+        call = functools.partial(program("fwd+bwd", is_causal=True, sequence_layout=layout), *split)
+        jax.block_until_ready(call())
+        with jax.profiler.trace(str(args.trace)):
+            jax.block_until_ready(call())
+
+
+if __name__ == "__main__":
+    main()
