@@ -65,11 +65,13 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
     widest = max(d, arrays["v"].shape[-1])
     if arrays["q"].dtype == jnp.float32 or widest > 256:
         return 0
+    segments = "segment_ids_q" in arrays
     if target == "flashjax_fwd":
-        return 256  # a ticket counter
+        return 256 + 8 * b * -(-s // 64) * segments  # a ticket counter; the keys that each tile can see
     width = next(x for x in (64, 128, 256) if widest <= x)
     rows = -(-s // 128) * 128
-    return 4 * b * h * rows * (width + 2)  # dq in float32, and two statistics of each query
+    statistics = 4 * b * h * rows * (width + 2)  # dq in float32, and two numbers of each query
+    return statistics + 8 * b * -(-arrays["k"].shape[1] // 64) * segments
 
 
 def runtime_ffi_api() -> tuple[int, int] | None:

@@ -7,6 +7,7 @@
 #include "backward_passes.cuh"
 #include "backward_wide_kernel.cuh"
 #include "host.h"
+#include "segments.cuh"
 
 namespace flashjax::simt {
 cudaError_t launch_backward_bias(const BwdParams&, cudaStream_t);  // csrc/cuda/simt/bias.cu
@@ -49,7 +50,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   float *lse2 = acc + heads * rows * D, *delta = lse2 + heads * rows;
   a.lse2 = lse2, a.delta = delta, a.dq = acc, a.rows = static_cast<int>(rows);
   a.nblocks = static_cast<int>(nblocks), a.group = 1;
-  if (K::kMask) {
+  if (a.p.left >= 0 || a.p.right >= 0) {  // else all CTAs go through one head in step
     // Heads whose Q, dO and dQ fit in the L2 together, but enough of them that the short blocks of
     // one section fill the gaps that the long ones of the next leave.
     const int64_t near = std::max<int64_t>(heads_in_l2(16 * p.s * D), 4) * p.g / p.h;
@@ -77,6 +78,14 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     backward_statistics<kF16, D>
         <<<dim3(static_cast<unsigned>(rows / 64), h, b), 256, 0, stream>>>(pass);
     check(cudaGetLastError());
+  }
+  const int64_t used = heads * rows * (D + 2) * 4;
+  if (K::kScore && p.segment_ids_q && blocks > 0 && p.workspace_bytes >= used + 8 * p.b * nblocks) {
+    int* near = reinterpret_cast<int*>(static_cast<char*>(p.workspace) + used);
+    segment_ranges<<<dim3(a.nblocks, a.p.b), 256, 0, stream>>>(a.p.segment_k, a.p.t, N,
+                                                               a.p.segment_q, a.p.s, near);
+    check(cudaGetLastError());
+    a.p.near = near;
   }
   if (blocks > 0) {
     TMap q, k, v, dout, dk, dv;

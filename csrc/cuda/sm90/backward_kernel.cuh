@@ -69,7 +69,9 @@ struct Backward {
     const int heads = min(a.group, p.b * p.g - section * a.group);
     const int n = r0 / heads, bg = section * a.group + r0 % heads, g = bg % p.g, b = bg / p.g,
               ratio = p.h / p.g;
-    const Blocks blocks = query_blocks<M>(p, n * N, min(n * N + N, p.t));
+    const Blocks blocks =
+        query_blocks<M>(p, n * N, min(n * N + N, p.t),
+                        kScore && p.near ? p.near + 2 * (b * a.nblocks + n) : nullptr);
     if (threadIdx.x == 0) {
       mb_init(x.kv_full, 1);
       for (int i = 0; i < kStages; i++) {

@@ -76,8 +76,9 @@ struct Forward {
       b = bh / a.p.h;
       h = bh - b * a.p.h;
     }
-    DI Blocks blocks(const Problem& p) const {
-      return key_blocks<N>(p, m * M, min(m * M + M, p.s));
+    DI Blocks blocks(const ForwardArgs& a) const {
+      const int* near = kScore && a.p.near ? a.p.near + 2 * (b * a.mblocks + m) : nullptr;
+      return key_blocks<N>(a.p, m * M, min(m * M + M, a.p.s), near);
     }
   };
 
@@ -147,7 +148,7 @@ struct Forward {
         break;
       }
       const Tile tile(a, t);
-      const Blocks n = tile.blocks(a.p);
+      const Blocks n = tile.blocks(a);
       const int hk = tile.h / a.ratio;
       t = next;
       if (n.begin >= n.end) continue;
@@ -234,7 +235,7 @@ struct Forward {
       if (t >= a.tiles) break;
       const Tile tile(a, t);
       t += gridDim.x;
-      const Blocks blocks = tile.blocks(p);
+      const Blocks blocks = tile.blocks(a);
       int n = blocks.end - 1;
       const int row0 =
           tile.m * M + cw * 64 + warp * 16 + (lane >> 2);  // this thread's rows: row0 and row0 + 8

@@ -16,6 +16,9 @@ struct Problem {
   const float *alibi, *sinks;                // null: none
   long long alibi_b, sinks_b;                // stride of the batch; heads are contiguous
   const int *segment_q, *segment_k;          // null: none
+  // For each tile of a direction (queries forward, keys backward): the first and the last + 1 of
+  // the others whose segment can be one of the tile's. [b, tiles, 2]
+  const int* near;
 };
 
 struct Blocks {
@@ -28,9 +31,10 @@ DI int clamp(int x, int lo, int hi) { return max(lo, min(x, hi)); }
 
 // Key blocks of N for the queries [i0, i1).
 template <int N>
-DI Blocks key_blocks(const Problem& p, int i0, int i1) {
+DI Blocks key_blocks(const Problem& p, int i0, int i1, const int* near = nullptr) {
   int first = p.left < 0 ? 0 : clamp(i0 + p.diagonal - p.left, 0, p.t);
   int last = p.right < 0 ? p.t : clamp(i1 + p.diagonal + p.right, 0, p.t);
+  if (near) first = max(first, near[0]), last = min(last, near[1]);
   int all_first = p.left < 0 ? 0 : clamp(i1 - 1 + p.diagonal - p.left, 0, p.t);
   int all_last = p.right < 0 ? p.t : clamp(i0 + 1 + p.diagonal + p.right, 0, p.t);
   Blocks x;
@@ -44,9 +48,10 @@ DI Blocks key_blocks(const Problem& p, int i0, int i1) {
 // Query blocks of M for the keys [j0, j1); `masked` is about the keys' bounds only, not about
 // queries past the end.
 template <int M>
-DI Blocks query_blocks(const Problem& p, int j0, int j1) {
+DI Blocks query_blocks(const Problem& p, int j0, int j1, const int* near = nullptr) {
   int first = p.right < 0 ? 0 : clamp(j0 - p.diagonal - p.right, 0, p.s);
   int last = p.left < 0 ? p.s : clamp(j1 - p.diagonal + p.left, 0, p.s);
+  if (near) first = max(first, near[0]), last = min(last, near[1]);
   int all_first = p.right < 0 ? 0 : clamp(j1 - 1 - p.diagonal - p.right, 0, p.s);
   int all_last = p.left < 0 ? p.s + M : clamp(j0 + 1 - p.diagonal + p.left, 0, p.s);
   Blocks x;
