@@ -70,6 +70,45 @@ def flops(tokens, args, mask, mode):
     return 4 * scores * args.heads * args.dim * (1 if mode == "fwd" else 3.5)
 
 
+def option_sets(tokens, args):
+    """Options to check besides, each with the dimension along which its arrays have the sequence."""
+    segments = jnp.asarray(np.arange(tokens)[None] // 100, jnp.int32)
+    bias = jax.random.normal(jax.random.key(1), (1, 1, tokens, tokens), jnp.float32)
+    yield {}, {}
+    yield {"window_size": (300, -1)}, {}
+    yield {"softcap": 20.0, "sinks": jnp.linspace(-1, 3, args.heads)}, {}
+    yield {"segment_ids": segments}, {"segment_ids": (1,)}
+    yield {"bias": bias}, {"bias": (2, 3)}
+
+
+def check_options(devices, args):
+    """Every option in a causal zigzag ring over the devices, against one of them."""
+    tokens = 256 * len(devices)
+    mesh = Mesh(np.asarray(devices), ("seq",), axis_types=(AxisType.Auto,))
+    layout = flashjax.SequenceLayout("zigzag", len(devices))
+    one = operands(tokens, args, jax.sharding.SingleDeviceSharding(devices[0]))
+    many = jax.device_put([layout.reorder(x) for x in one], NamedSharding(mesh, P(None, "seq")))
+    for options, axes in option_sets(tokens, args):
+        moved = dict(options)
+        for name, dimensions in axes.items():
+            for dimension in dimensions:
+                moved[name] = layout.reorder(moved[name], dimension)
+        moved = {name: np.asarray(x) if hasattr(x, "shape") else x for name, x in moved.items()}
+        want = jax.tree.leaves(program("fwd+bwd", is_causal=True, **options)(*one))
+        got = jax.tree.leaves(program("fwd+bwd", is_causal=True, sequence_layout=layout, **moved)(*many))
+        compare(f"causal zigzag ring with {list(options)}", layout, got, want)
+
+
+def compare(name, layout, got, want):
+    errors = []
+    for x, y in zip(got, want, strict=True):
+        x, y = (np.asarray(z, np.float32) for z in (layout.restore(x), y))
+        errors.append(float(np.abs(x - y).max() / np.abs(y).max()))
+    print(f"check {name}: {', '.join(f'{x:.1e}' for x in errors)}", flush=True)
+    if not max(errors) < 2e-2:
+        raise SystemExit("the split sequence disagrees with one device")
+
+
 def check(devices, args):
     """Results and gradients of every case, against one device; errors are relative to the largest value."""
     tokens = 256 * len(devices)
@@ -81,13 +120,7 @@ def check(devices, args):
         many = jax.device_put([layout.reorder(x) for x in one], NamedSharding(mesh, P(None, "seq")))
         want = jax.tree.leaves(program("fwd+bwd", **options)(*one))
         got = jax.tree.leaves(program("fwd+bwd", sequence_layout=layout, strategy=strategy, **options)(*many))
-        errors = []
-        for x, y in zip(got, want, strict=True):
-            x, y = (np.asarray(z, np.float32) for z in (layout.restore(x), y))
-            errors.append(float(np.abs(x - y).max() / np.abs(y).max()))
-        print(f"check {mask} {kind} {strategy}: {', '.join(f'{x:.1e}' for x in errors)}", flush=True)
-        if max(errors) > 2e-2:
-            raise SystemExit("the split sequence disagrees with one device")
+        compare(f"{mask} {kind} {strategy}", layout, got, want)
 
 
 def main():
@@ -108,6 +141,7 @@ def main():
     n = len(devices)
     if args.check:
         check(devices, args)
+        check_options(devices, args)
     mesh = Mesh(np.asarray(devices), ("seq",), axis_types=(AxisType.Auto,))
     alone = operands(args.tokens, args, jax.sharding.SingleDeviceSharding(devices[0]))
     split = operands(args.tokens * n, args, NamedSharding(mesh, P(None, "seq")))

@@ -21,6 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 import flashjax
 from flashjax import SequenceLayout, _blocks, _ring
+from flashjax._operation import FORWARD, Call
+from flashjax._types import Attrs
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
@@ -405,6 +407,27 @@ def test_devices_without_work_call_no_kernel(random):
     assert count(text(None)) == (0, 4)
     assert count(text(None, is_causal=True)) == (3, 4)
     assert count(text(SequenceLayout("zigzag", 4), is_causal=True)) == (3, 7)
+
+
+def test_segments_that_cannot_meet_are_skipped():
+    """By the ranges of their ids, at run time; each block is behind such a condition."""
+    call = Call(FORWARD, ("q", "k", "v", "segment_ids_q", "segment_ids_k"), Attrs(scale=1.0))
+
+    def meet(q, k):
+        return bool(_ring._may_meet(call, [None] * 3 + [jnp.array(x, jnp.int32) for x in (q, k)]))
+
+    assert not meet([[0, 1, 1]], [[2, 3]])
+    assert not meet([[5, 5]], [[-2, 4]])
+    assert meet([[0, 2]], [[2, 3]])
+    assert meet([[0, 1], [7, 9]], [[2, 3], [8, 8]])  # in any row of the batch
+
+    def run(q, k, v, ids):
+        return flashjax.flash_mha(q, k, v, segment_ids=ids, axis_name="seq")
+
+    x, ids = jax.ShapeDtypeStruct((1, 32, 2, 8), jnp.float32), jax.ShapeDtypeStruct((1, 32), jnp.int32)
+    spec = P(None, "seq")
+    text = jax.jit(jax.shard_map(run, mesh=mesh(), in_specs=spec, out_specs=spec)).lower(x, x, x, ids).as_text()
+    assert text.count("stablehlo.case") == len(re.findall(r"custom_call @flashjax_fwd", text)) == 4
 
 
 # Inside shard_map.
