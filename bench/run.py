@@ -152,7 +152,9 @@ def main():
         "versions": versions(impls),
         "csrc_tree": csrc_tree(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python -m bench.run", *sys.argv[1:]]),
+        "command": re.sub(
+            r"--out[ =]\S+", f"--out out/{args.out.name}", " ".join(["python -m bench.run", *sys.argv[1:]])
+        ),
         "load": round(os.getloadavg()[0], 1),  # other work on the machine, if much more than 0
         "absent": absent,
         "ceilings": ceilings(),

@@ -104,7 +104,10 @@ def result(path, text=report.tables) -> str:
     data = json.loads((RESULTS / path).read_text())
     source = f"Measured on {report.heading(data)}" if "ceilings" in data else f"Measured on {data['device']}."
     show = "python -m bench.report" if "ceilings" in data else "python -m bench.memory --show"
-    return f"{source}\n\n{text(data)}" + command(f"{data['command']}\n{show} bench/results/{path}")
+    if data.get("absent"):
+        source += f" Asked for, but not there: {', '.join(data['absent'])}."
+    run = re.sub(r"--out \S+", f"--out out/{pathlib.Path(path).name}", data["command"])
+    return f"{source}\n\n{text(data)}" + command(f"{run}\n{show} bench/results/{path}")
 
 
 def benchmarks(folder) -> list[pathlib.Path]:
