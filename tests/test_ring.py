@@ -437,19 +437,23 @@ def test_segments_that_cannot_meet_are_skipped():
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(random, kind, check_vma):
     layout = SequenceLayout(kind, 4)
-    arrays = dense(random) | {"sinks": random.normal(size=4).astype(np.float32)}
+    arrays = dense(random) | {
+        "sinks": random.normal(size=4).astype(np.float32),
+        "bias": random.normal(size=(1, 4, 32, 32)).astype(np.float32),
+    }
     want = jax.jit(functools.partial(derived, is_causal=True))(arrays)
     call = functools.partial(
         flashjax.flash_mha, axis_name="seq", is_causal=True, sequence_layout=layout, return_lse=True
     )
     spec = P("data", "seq")
     mapped = jax.shard_map(
-        lambda q, k, v, sinks: call(q, k, v, sinks=sinks),
-        mesh=mesh(), in_specs=(spec, spec, spec, P()), out_specs=(spec, P("data", None, "seq")), check_vma=check_vma,
+        lambda q, k, v, sinks, bias: call(q, k, v, sinks=sinks, bias=bias),
+        mesh=mesh(), in_specs=(spec, spec, spec, P(), P(None, None, "seq")), out_specs=(spec, P("data", None, "seq")),
+        check_vma=check_vma,
     )  # fmt: skip
 
-    def function(q, k, v, sinks, return_lse):
-        return mapped(q, k, v, sinks)
+    def function(q, k, v, sinks, bias, return_lse):
+        return mapped(q, k, v, sinks, bias)
 
     program = jax.jit(functools.partial(derived, function=function)).lower(in_layout(layout, arrays)).compile()
     got, gradients = program(in_layout(layout, arrays))

@@ -55,8 +55,8 @@ def flash_mha(
       sequence_layout: a `SequenceLayout`, the order in which q, k, v, bias, segment_ids and the results hold the
         sequence; by default as it is.
       strategy: how devices share a sequence that is split over them: "ring", "ulysses", "allgather", or "auto".
-      axis_name: inside jax.shard_map, the axis or axes over which the sequence is split. (Elsewhere the sharding of
-        the arrays says it.)
+      axis_name: inside jax.shard_map, the axis or axes over which the sequence is split; a bias then has this device's
+        rows and all columns. (Elsewhere the sharding of the arrays says how they are split.)
 
     Returns:
       out (b, s, h, e) in the dtype of q, or (out, lse). A query that sees no key gives 0, and -inf as lse.

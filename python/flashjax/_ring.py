@@ -264,7 +264,7 @@ class _Parts:
         so_far = (out, lse) if "sinks" in self.arrays else None
         if route is None:
             keys, plans, _ = self._all_at_once()
-            out, lse = self._attend(plans, keys, so_far, (out, lse))
+            out, lse = self._attend(plans, keys, so_far, (out, lse)) or (out, lse)
             return [out.astype(q.dtype), lse]
         keys = {name: self.line.shift(x, route[0][0]) for name, x in self.key_side.items()} if route else {}
         for i, (distance, plans) in enumerate(route):
