@@ -25,7 +25,7 @@ RESULTS = ROOT / "bench" / "results"
 def features() -> tuple[dict[str, int], list[str]]:
     """The feature sets of csrc/attention/select.h by name, and what each bit is called in select.cc."""
     header = (ROOT / "csrc/attention/select.h").read_text()
-    sets = {name: 1 << int(bit) for name, bit in re.findall(r"(k\w+) = 1u << (\d+)", header)}
+    sets = {name: 1 << int(bit) for name, bit in re.findall(r"(k\w+)\s*=\s*1u\s*<<\s*(\d+)", header)}
     for name, value in re.findall(r"constexpr uint32_t (k\w+)\s*=\s*([^;]+);", header):
         sets[name] = eval(" ".join(value.split()), {"__builtins__": {}}, sets)
     names = re.search(r"kFeatureNames\[\] = \{(.*?)\};", (ROOT / "csrc/attention/select.cc").read_text(), re.DOTALL)[1]
