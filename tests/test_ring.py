@@ -554,6 +554,32 @@ def test_packed_keys_at_other_positions(random):
     assert used(full.as_text()) == set(RING)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_what_neither_parts_nor_heads_can_do(random, check_vma):
+    """Whole sequences on every device; each returns its share of the gradients."""
+    arrays = packed(random, [0, 20, 64], h=2) | {"sinks": random.normal(size=2).astype(np.float32)}
+    arrays["cu_seqlens_k"] = np.array([0, 30, 64], np.int32)
+    layout = SequenceLayout("zigzag", 4)
+    want = jax.jit(functools.partial(derived, function=flashjax.flash_mha_varlen, is_causal=True))(arrays)
+    call = functools.partial(
+        flashjax.flash_mha_varlen, is_causal=True, axis_name="seq", sequence_layout=layout, return_lse=True
+    )
+    mapped = jax.shard_map(
+        lambda q, k, v, cu_seqlens_q, cu_seqlens_k, sinks: call(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks=sinks),
+        mesh=mesh(), in_specs=(P("seq"), P("seq"), P("seq"), P(), P(), P()), out_specs=(P("seq"), P(None, "seq")),
+        check_vma=check_vma,
+    )  # fmt: skip
+
+    def function(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, return_lse):
+        return mapped(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks)
+
+    run = jax.jit(functools.partial(derived, function=function))
+    got, gradients = run(reorder_packed(layout, arrays))
+    close({"out": layout.restore(got["out"], 0), "lse": layout.restore(got["lse"], 1)}, want[0])
+    gradients = {name: x if name == "sinks" else layout.restore(x, 0) for name, x in gradients.items()}
+    close(gradients, want[1])
+
+
 # Strategies.
 
 
