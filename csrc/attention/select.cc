@@ -16,7 +16,8 @@ constexpr const char* kFeatureNames[] = {"a window or causal mask",
                                          "batch_idx",
                                          "page_table",
                                          "deterministic",
-                                         "a shift of the diagonal"};
+                                         "a shift of the diagonal",
+                                         "cu_seqlens"};
 static_assert(1u << (sizeof(kFeatureNames) / sizeof(*kFeatureNames)) == kFeatureEnd);
 
 // The rows that this build holds: FLASHJAX_BUILT_KERNELS is " id id ... ", or undefined where
@@ -122,9 +123,14 @@ Facts facts_of(Direction direction, const Problem& p) {
   add(p.alibi_slopes, kAlibi);
   add(p.sinks, kSinks);
   add(p.segment_ids_q, kSegments);
-  add(p.cu_seqlens_q || p.cu_seqlens_k, kPacked);
-  add(p.seqused_q || p.seqused_k || p.leftpad || p.max_seqlen_q >= 0 || p.max_seqlen_k >= 0,
-      kSeqused);
+  // Packed self-attention: positions then differ within a sequence as they do within the row.
+  const bool used = p.seqused_q || p.seqused_k || p.leftpad;
+  const bool alike = p.cu_seqlens_q && p.cu_seqlens_q == p.cu_seqlens_k && p.s == p.t &&
+                     p.max_seqlen_q == p.max_seqlen_k && !used && !p.bias && !p.sinks &&
+                     !p.segment_ids_q;
+  add(alike, kPackedAlike);
+  add(!alike && (p.cu_seqlens_q || p.cu_seqlens_k), kPacked);
+  add(!alike && (used || p.max_seqlen_q >= 0 || p.max_seqlen_k >= 0), kSeqused);
   add(p.batch_idx, kBatchIdx);
   add(p.page_table, kPaged);
   add(p.shift, kShift);

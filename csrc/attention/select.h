@@ -25,14 +25,17 @@ enum Feature : uint32_t {
   kPaged = 1u << 9,
   kDeterministic = 1u << 10,
   kShift = 1u << 11,
-  kFeatureEnd = 1u << 12,
+  kPackedAlike = 1u
+      << 12,  // the same cu_seqlens for queries and keys, all rows used, nothing else by position
+  kFeatureEnd = 1u << 13,
 };
 inline constexpr uint32_t kEverything = kFeatureEnd - 1;
 inline constexpr uint32_t kInPlace =
     kEverything & ~(kBatchIdx | kPaged);  // keys where the row says
 
 inline constexpr uint32_t kDense = kWindow | kSinks;  // rows of equal length
-inline constexpr uint32_t kDenseScores = kDense | kSoftcap | kBias | kAlibi | kSegments;
+inline constexpr uint32_t kDenseScores =
+    kDense | kSoftcap | kBias | kAlibi | kSegments | kPackedAlike;
 
 struct Kernel {
   const char* id;

@@ -65,13 +65,14 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
     widest = max(d, arrays["v"].shape[-1])
     if arrays["q"].dtype == jnp.float32 or widest > 256:
         return 0
-    segments = "segment_ids_q" in arrays
+    documents = ("segment_ids_q" in arrays or "cu_seqlens_q" in arrays) * 8 * b  # the range that each tile can see
+    packed = ("cu_seqlens_q" in arrays) * 4 * b * (s + arrays["k"].shape[1])  # sequences as segment ids
     if target == "flashjax_fwd":
-        return 256 + 8 * b * -(-s // 64) * segments  # a ticket counter; the keys that each tile can see
+        return 256 + documents * -(-s // 64) + packed  # a ticket counter first
     width = next(x for x in (64, 128, 256) if widest <= x)
     rows = -(-s // 128) * 128
     statistics = 4 * b * h * rows * (width + 2)  # dq in float32, and two numbers of each query
-    return statistics + 8 * b * -(-arrays["k"].shape[1] // 64) * segments
+    return statistics + documents * -(-arrays["k"].shape[1] // 64) + packed
 
 
 def runtime_ffi_api() -> tuple[int, int] | None:

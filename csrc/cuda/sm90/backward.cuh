@@ -7,7 +7,7 @@
 #include "backward_passes.cuh"
 #include "backward_wide_kernel.cuh"
 #include "host.h"
-#include "segments.cuh"
+#include "segments.h"
 
 namespace flashjax::simt {
 cudaError_t launch_backward_bias(const BwdParams&, cudaStream_t);  // csrc/cuda/simt/bias.cu
@@ -80,13 +80,10 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     check(cudaGetLastError());
   }
   const int64_t used = heads * rows * (D + 2) * 4;
-  if (K::kScore && p.segment_ids_q && blocks > 0 && p.workspace_bytes >= used + 8 * p.b * nblocks) {
-    int* near = reinterpret_cast<int*>(static_cast<char*>(p.workspace) + used);
-    segment_ranges<<<dim3(a.nblocks, a.p.b), 256, 0, stream>>>(a.p.segment_k, a.p.t, N,
-                                                               a.p.segment_q, a.p.s, near);
-    check(cudaGetLastError());
-    a.p.near = near;
-  }
+  if (K::kScore && p.workspace_bytes >= used + segments_bytes(p, nblocks))
+    check(segments(a.p, p, N, static_cast<char*>(p.workspace) + used, false, stream));
+  else if (p.cu_seqlens_q)
+    return cudaErrorInvalidValue;
   if (blocks > 0) {
     TMap q, k, v, dout, dk, dv;
     const void* any = p.s ? p.q : p.k;  // a map needs an address, even of an array without rows

@@ -45,7 +45,7 @@ struct Backward {
 
   struct Layout {
     u32 k, v, q, o, ds, dq, lse, delta;
-    u32 kv_full, q_full, q_empty, o_full, o_empty, o_raw;
+    u32 kv_full, q_full, q_empty, o_full, o_empty, o_raw, q_raw, kv_raw;
     DI explicit Layout(u32 base) {
       k = base, v = k + kKBytes, q = v + kKBytes, o = q + kStages * kQBytes,
       ds = o + kStages * kQBytes;
@@ -53,6 +53,7 @@ struct Backward {
       kv_full = delta + kStages * M * 4;
       q_full = kv_full + 8, q_empty = q_full + 8 * kStages, o_full = q_empty + 8 * kStages;
       o_empty = o_full + 8 * kStages, o_raw = o_empty + 8 * kStages;
+      q_raw = o_raw + 8 * kStages, kv_raw = q_raw + 8 * kStages;
     }
   };
 
@@ -73,11 +74,11 @@ struct Backward {
         query_blocks<M>(p, n * N, min(n * N + N, p.t),
                         kScore && p.near ? p.near + 2 * (b * a.nblocks + n) : nullptr);
     if (threadIdx.x == 0) {
-      mb_init(x.kv_full, 1);
+      mb_init(x.kv_full, 1), mb_init(x.kv_raw, 1);
       for (int i = 0; i < kStages; i++) {
         mb_init(x.q_full + 8 * i, 1), mb_init(x.q_empty + 8 * i, 2 + a.clean);
         mb_init(x.o_full + 8 * i, 1), mb_init(x.o_empty + 8 * i, 2);
-        mb_init(x.o_raw + 8 * i, 1);
+        mb_init(x.o_raw + 8 * i, 1), mb_init(x.q_raw + 8 * i, 1);
       }
       mb_init_fence();
       fence_async();
@@ -92,7 +93,7 @@ struct Backward {
       } else if (warp == 1) {
         add_dq(a, x, blocks, first_head, ratio);
       } else if (warp == 2 && a.clean) {
-        clean(x, ratio * (blocks.end - blocks.begin));
+        clean(p, x, n, b, ratio * (blocks.end - blocks.begin));
       }
     } else {
       reg_inc<kConsumerRegs>();
@@ -103,11 +104,12 @@ struct Backward {
   static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
                       const BackwardArgs& a, const Layout& x, const Blocks& blocks, int n, int g,
                       int b, int ratio) {
-    mb_expect(x.kv_full, 2 * kKBytes);
+    const u32 kv = kScore && a.p.packed ? x.kv_raw : x.kv_full;
+    mb_expect(kv, 2 * kKBytes);
 #pragma unroll 1
     for (int c = 0; c < kChunks; c++) {
-      tma_load(x.k + c * N * 128, &mk, x.kv_full, c * 64, n * N, g, b, kEvictFirst);
-      tma_load(x.v + c * N * 128, &mv, x.kv_full, c * 64, n * N, g, b, kEvictFirst);
+      tma_load(x.k + c * N * 128, &mk, kv, c * 64, n * N, g, b, kEvictFirst);
+      tma_load(x.v + c * N * 128, &mv, kv, c * 64, n * N, g, b, kEvictFirst);
     }
     int s = 0, ph = 1;
 #pragma unroll 1
@@ -116,12 +118,12 @@ struct Backward {
 #pragma unroll 1
       for (int m = blocks.begin; m < blocks.end; m++) {
         mb_wait(x.q_empty + 8 * s, ph);
-        mb_expect(x.q_full + 8 * s, kQBytes + M * 4);
+        const u32 q_full = (kScore && a.p.packed ? x.q_raw : x.q_full) + 8 * s;
+        mb_expect(q_full, kQBytes + M * 4);
 #pragma unroll 1
         for (int c = 0; c < kChunks; c++)
-          tma_load(x.q + s * kQBytes + c * M * 128, &mq, x.q_full + 8 * s, c * 64, m * M, h, b,
-                   kEvictLast);
-        bulk_load(x.lse + s * M * 4, a.lse2 + row + m * M, M * 4, x.q_full + 8 * s);
+          tma_load(x.q + s * kQBytes + c * M * 128, &mq, q_full, c * 64, m * M, h, b, kEvictLast);
+        bulk_load(x.lse + s * M * 4, a.lse2 + row + m * M, M * 4, q_full);
         mb_wait(x.o_empty + 8 * s, ph);
         const u32 full = (kScore || a.clean ? x.o_raw : x.o_full) + 8 * s;
         mb_expect(full, kQBytes + M * 4);
@@ -162,13 +164,29 @@ struct Backward {
     if (elect) bulk_wait<0>();
   }
 
-  // Rows of dO whose P is 0 become 0, for 0 * NaN is NaN.
-  static DI void clean(const Layout& x, int steps) {
+  // Rows whose P is 0 become 0, for 0 * NaN is NaN: of dO always, and of Q, K and V where sequences
+  // are packed.
+  static DI void clean(const Problem& p, const Layout& x, int n, int b, int steps) {
     const int lane = threadIdx.x & 31;
+    const bool packed = kScore && p.packed;
+    if (packed) {
+      mb_wait(x.kv_raw, 0);
+#pragma unroll 1
+      for (int r0 = 0; r0 < N; r0 += 32) {
+        const int key = n * N + r0 + lane;
+        const u32 dead =
+            __ballot_sync(~0u, key < p.t && p.segment_k[(long long)b * p.t + key] == kNoKey);
+        clear_rows<kChunks>(x.k, N, r0, dead);
+        clear_rows<kChunks>(x.v, N, r0, dead);
+      }
+      fence_async();
+      __syncwarp();
+      if (lane == 0) mb_arrive(x.kv_full);
+    }
     int s = 0, ph = 0;
 #pragma unroll 1
     for (int it = 0; it < steps; it++) {
-      mb_wait(x.q_full + 8 * s, ph);
+      mb_wait((packed ? x.q_raw : x.q_full) + 8 * s, ph);
       mb_wait(x.o_raw + 8 * s, ph);
 #pragma unroll 1
       for (int r0 = 0; r0 < M; r0 += 32) {
@@ -177,16 +195,16 @@ struct Backward {
                      : "=f"(l)
                      : "r"(x.lse + s * M * 4 + (r0 + lane) * 4)
                      : "memory");
-        u32 dead = __ballot_sync(~0u, l == infinity());
-#pragma unroll 1
-        for (; dead; dead &= dead - 1) {
-          const u32 row = x.o + s * kQBytes + (r0 + __ffs(dead) - 1) * 128 + (lane & 7) * 16;
-          if (lane < 8 * kChunks) store_shared4(row + (lane >> 3) * M * 128, 0.f, 0.f, 0.f, 0.f);
-        }
+        const u32 dead = __ballot_sync(~0u, l == infinity());
+        clear_rows<kChunks>(x.o + s * kQBytes, M, r0, dead);
+        if (packed) clear_rows<kChunks>(x.q + s * kQBytes, M, r0, dead);
       }
       fence_async();
       __syncwarp();
-      if (lane == 0) mb_arrive(x.o_full + 8 * s), mb_arrive(x.q_empty + 8 * s);
+      if (lane == 0) {
+        if (packed) mb_arrive(x.q_full + 8 * s);
+        mb_arrive(x.o_full + 8 * s), mb_arrive(x.q_empty + 8 * s);
+      }
       if (++s == kStages) s = 0, ph ^= 1;
     }
   }

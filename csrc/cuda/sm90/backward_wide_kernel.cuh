@@ -23,13 +23,14 @@ struct WideBackward {
   static constexpr int kBarDs = 1, kBarEnd = 2, kBarStore = 3;  // named barriers
 
   struct Layout {
-    u32 k, v, q, o, p, ds, lse, delta, kv_full, q_full, q_empty, o_full, o_empty, o_raw;
+    u32 k, v, q, o, p, ds, lse, delta, kv_full, q_full, q_empty, o_full, o_empty, o_raw, q_raw,
+        kv_raw;
     DI explicit Layout(u32 base) {
       k = base, v = k + kKBytes, q = v + kKBytes, o = q + kQBytes, p = o + kQBytes,
       ds = p + kPBytes;
       lse = ds + kPBytes, delta = lse + M * 4, kv_full = delta + M * 4;
       q_full = kv_full + 8, q_empty = q_full + 8, o_full = q_empty + 8, o_empty = o_full + 8,
-      o_raw = o_empty + 8;
+      o_raw = o_empty + 8, q_raw = o_raw + 8, kv_raw = q_raw + 8;
     }
   };
 
@@ -48,7 +49,7 @@ struct WideBackward {
         query_blocks<M>(p, n * N, min(n * N + N, p.t),
                         kScore && p.near ? p.near + 2 * (b * a.nblocks + n) : nullptr);
     if (threadIdx.x == 0) {
-      mb_init(x.kv_full, 1);
+      mb_init(x.kv_full, 1), mb_init(x.kv_raw, 1), mb_init(x.q_raw, 1);
       mb_init(x.q_full, 1), mb_init(x.q_empty, 2 + a.clean);
       mb_init(x.o_full, 1), mb_init(x.o_empty, 2);
       mb_init(x.o_raw, 1);
@@ -62,7 +63,7 @@ struct WideBackward {
       if (threadIdx.x == 0)
         load(mq, mk, mv, mdo, a, x, blocks, n, g, b, ratio);
       else if (warp == 1 && a.clean)
-        clean(x, ratio * (blocks.end - blocks.begin));
+        clean(p, x, n, b, ratio * (blocks.end - blocks.begin));
     } else {
       reg_inc<kConsumerRegs>();
       compute(mdk, mdv, a, x, blocks, wg - 1, n, g, b, ratio);
@@ -72,11 +73,12 @@ struct WideBackward {
   static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
                       const BackwardArgs& a, const Layout& x, const Blocks& blocks, int n, int g,
                       int b, int ratio) {
-    mb_expect(x.kv_full, 2 * kKBytes);
+    const u32 kv = kScore && a.p.packed ? x.kv_raw : x.kv_full;
+    mb_expect(kv, 2 * kKBytes);
 #pragma unroll 1
     for (int c = 0; c < kChunks; c++) {
-      tma_load(x.k + c * N * 128, &mk, x.kv_full, c * 64, n * N, g, b, kEvictFirst);
-      tma_load(x.v + c * N * 128, &mv, x.kv_full, c * 64, n * N, g, b, kEvictFirst);
+      tma_load(x.k + c * N * 128, &mk, kv, c * 64, n * N, g, b, kEvictFirst);
+      tma_load(x.v + c * N * 128, &mv, kv, c * 64, n * N, g, b, kEvictFirst);
     }
     int ph = 1;
 #pragma unroll 1
@@ -92,35 +94,53 @@ struct WideBackward {
           tma_load(x.o + c * M * 128, &mdo, full, c * 64, m * M, h, b, kEvictLast);
         bulk_load(x.delta, a.delta + row + m * M, M * 4, full);
         mb_wait(x.q_empty, ph);
-        mb_expect(x.q_full, kQBytes + M * 4);
+        const u32 q_full = kScore && a.p.packed ? x.q_raw : x.q_full;
+        mb_expect(q_full, kQBytes + M * 4);
 #pragma unroll 1
         for (int c = 0; c < kChunks; c++)
-          tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, m * M, h, b, kEvictLast);
-        bulk_load(x.lse, a.lse2 + row + m * M, M * 4, x.q_full);
+          tma_load(x.q + c * M * 128, &mq, q_full, c * 64, m * M, h, b, kEvictLast);
+        bulk_load(x.lse, a.lse2 + row + m * M, M * 4, q_full);
       }
     }
   }
 
-  static DI void clean(const Layout& x, int steps) {
+  // Rows whose P is 0 become 0, for 0 * NaN is NaN: of dO always, and of Q, K and V where sequences
+  // are packed.
+  static DI void clean(const Problem& p, const Layout& x, int n, int b, int steps) {
     const int lane = threadIdx.x & 31;
+    const bool packed = kScore && p.packed;
+    if (packed) {
+      mb_wait(x.kv_raw, 0);
+#pragma unroll 1
+      for (int r0 = 0; r0 < N; r0 += 32) {
+        const int key = n * N + r0 + lane;
+        const u32 dead =
+            __ballot_sync(~0u, key < p.t && p.segment_k[(long long)b * p.t + key] == kNoKey);
+        clear_rows<kChunks>(x.k, N, r0, dead);
+        clear_rows<kChunks>(x.v, N, r0, dead);
+      }
+      fence_async();
+      __syncwarp();
+      if (lane == 0) mb_arrive(x.kv_full);
+    }
 #pragma unroll 1
     for (int it = 0; it < steps; it++) {
-      mb_wait(x.q_full, it & 1);
+      mb_wait(packed ? x.q_raw : x.q_full, it & 1);
       mb_wait(x.o_raw, it & 1);
 #pragma unroll 1
       for (int r0 = 0; r0 < M; r0 += 32) {
         float l;
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(l) : "r"(x.lse + (r0 + lane) * 4) : "memory");
-        u32 dead = __ballot_sync(~0u, l == infinity());
-#pragma unroll 1
-        for (; dead; dead &= dead - 1)  // 32 lanes of 16 bytes are the row's four chunks
-          store_shared4(
-              x.o + (r0 + __ffs(dead) - 1) * 128 + (lane & 7) * 16 + (lane >> 3) * M * 128, 0.f,
-              0.f, 0.f, 0.f);
+        const u32 dead = __ballot_sync(~0u, l == infinity());
+        clear_rows<kChunks>(x.o, M, r0, dead);
+        if (packed) clear_rows<kChunks>(x.q, M, r0, dead);
       }
       fence_async();
       __syncwarp();
-      if (lane == 0) mb_arrive(x.o_full), mb_arrive(x.q_empty);
+      if (lane == 0) {
+        if (packed) mb_arrive(x.q_full);
+        mb_arrive(x.o_full), mb_arrive(x.q_empty);
+      }
     }
   }
 

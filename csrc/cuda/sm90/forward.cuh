@@ -2,7 +2,7 @@
 #pragma once
 #include "forward_kernel.cuh"
 #include "host.h"
-#include "segments.cuh"
+#include "segments.h"
 
 namespace flashjax::sm90 {
 
@@ -37,12 +37,11 @@ cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStre
     a.ticket = static_cast<int*>(p.workspace);
     if ((error = cudaMemsetAsync(a.ticket, 0, 4, stream)) != cudaSuccess) return error;
   }
-  if (K::kScore && p.segment_ids_q && p.workspace_bytes >= 256 + 8 * p.b * mblocks) {
-    int* near = static_cast<int*>(p.workspace) + 64;
-    segment_ranges<<<dim3(a.mblocks, a.p.b), 256, 0, stream>>>(a.p.segment_q, a.p.s, M,
-                                                               a.p.segment_k, a.p.t, near);
-    if ((error = cudaGetLastError()) != cudaSuccess) return error;
-    a.p.near = near;
+  if (K::kScore && p.workspace_bytes >= 256 + segments_bytes(p, mblocks)) {
+    error = segments(a.p, p, M, static_cast<char*>(p.workspace) + 256, true, stream);
+    if (error != cudaSuccess) return error;
+  } else if (p.cu_seqlens_q) {
+    return cudaErrorInvalidValue;  // the workspace is too small
   }
   auto kernel = forward_kernel<kF16, D, E, M, N, kOptions>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem);

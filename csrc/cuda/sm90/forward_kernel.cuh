@@ -56,13 +56,15 @@ struct Forward {
   // Shared memory from an aligned base: q, k, v stages[, out], barriers.
   struct Layout {
     u32 q, k, v, o;
-    u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, t_full, t_empty, tickets;
+    u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, t_full, t_empty, tickets, v_raw,
+        raw_block;
     DI explicit Layout(u32 base) {
       q = base, k = q + kQBytes, v = k + kStages * kKBytes, o = kSepO ? v + kStages * kVBytes : q;
       u32 end = v + kStages * kVBytes + (kSepO ? kOBytes : 0);
       q_full = end, q_empty = end + 8, k_full = end + 16, k_empty = k_full + 8 * kStages;
       v_full = k_empty + 8 * kStages, v_empty = v_full + 8 * kStages;
       t_full = v_empty + 8 * kStages, t_empty = t_full + 16, tickets = t_empty + 16;
+      v_raw = tickets + 8, raw_block = v_raw + 8 * kStages;
     }
   };
 
@@ -94,6 +96,7 @@ struct Forward {
       for (int i = 0; i < kStages; i++) {
         mb_init(x.k_full + 8 * i, 1), mb_init(x.k_empty + 8 * i, kGroups);
         mb_init(x.v_full + 8 * i, 1), mb_init(x.v_empty + 8 * i, kGroups);
+        mb_init(x.v_raw + 8 * i, 1);
       }
       for (int i = 0; i < 2; i++)
         mb_init(x.t_full + 8 * i, 1), mb_init(x.t_empty + 8 * i, 4 * kGroups);
@@ -103,7 +106,11 @@ struct Forward {
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
-      if (threadIdx.x == 0) produce(mq, mk, mv, a, x);
+      const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
+      if (threadIdx.x == 0)
+        produce(mq, mk, mv, a, x);
+      else if (kScore && warp == 1 && a.p.packed)
+        clean(a.p, x);
     } else {
       reg_inc<kConsumerRegs>();
       consume(mo, a, wg - 1, x);
@@ -127,11 +134,14 @@ struct Forward {
     auto load_v = [&](int n, int i, int h, int b) {
       int st = i % kStages;
       mb_wait(x.v_empty + 8 * st, ((i / kStages) & 1) ^ 1);
-      mb_expect(x.v_full + 8 * st, kVBytes);
+      u32 full = x.v_full + 8 * st;
+      if constexpr (kScore) {
+        if (a.p.packed) full = x.v_raw + 8 * st, store_shared2(x.raw_block + 8 * st, b, n);
+      }
+      mb_expect(full, kVBytes);
 #pragma unroll
       for (int c = 0; c < E / 64; c++)
-        tma_load(x.v + st * kVBytes + c * N * 128, &mv, x.v_full + 8 * st, c * 64, n * N, h, b,
-                 kEvictLast);
+        tma_load(x.v + st * kVBytes + c * N * 128, &mv, full, c * 64, n * N, h, b, kEvictLast);
     };
 #pragma unroll 1
     while (true) {
@@ -165,6 +175,42 @@ struct Forward {
         load_v(j + 1, it, hk, tile.b);
       }
       load_v(n.begin, it++, hk, tile.b);
+    }
+    if constexpr (kScore) {
+      if (a.p.packed) {  // the end, for clean()
+        int st = it % kStages;
+        mb_wait(x.v_empty + 8 * st, ((it / kStages) & 1) ^ 1);
+        store_shared2(x.raw_block + 8 * st, 0, -1);
+        mb_arrive(x.v_raw + 8 * st);
+      }
+    }
+  }
+
+  // Between the landing of V and its use: rows of no sequence become 0, for their P is 0, and 0 *
+  // NaN is NaN.
+  static DI void clean(const Problem& p, const Layout& x) {
+    const int lane = threadIdx.x & 31;
+    int st = 0, ph = 0;
+#pragma unroll 1
+    while (true) {
+      mb_wait(x.v_raw + 8 * st, ph);
+      int b, n;
+      asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];"
+                   : "=r"(b), "=r"(n)
+                   : "r"(x.raw_block + 8 * st)
+                   : "memory");
+      if (n < 0) break;
+#pragma unroll 1
+      for (int r0 = 0; r0 < N; r0 += 32) {
+        const int key = n * N + r0 + lane;
+        const bool dead =
+            r0 + lane < N && key < p.t && p.segment_k[(long long)b * p.t + key] == kNoKey;
+        clear_rows<E / 64>(x.v + st * kVBytes, N, r0, __ballot_sync(~0u, dead));
+      }
+      fence_async();
+      __syncwarp();
+      if (lane == 0) mb_arrive(x.v_full + 8 * st);
+      if (++st == kStages) st = 0, ph ^= 1;
     }
   }
 
@@ -366,9 +412,11 @@ struct Forward {
 #pragma unroll 1
         for (; n >= max(end, blocks.begin + 1); n--) {
           mb_wait(x.k_full + 8 * st, ph);
-          if (elect) mb_arrive(x.k_empty + 8 * st);
           mb_wait(x.v_full + 8 * st, ph);
-          if (elect) mb_arrive(x.v_empty + 8 * st);
+          // All four warps must have seen this phase before it can be followed by two more: parity
+          // alone cannot tell them apart, and no wgmma keeps the warps together here.
+          bar_sync(kBarOut + cw, 128);
+          if (elect) mb_arrive(x.k_empty + 8 * st), mb_arrive(x.v_empty + 8 * st);
           if (++st == kStages) st = 0, ph ^= 1;
         }
       }

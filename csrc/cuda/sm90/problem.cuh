@@ -5,6 +5,10 @@
 
 namespace flashjax::sm90 {
 
+// Ids of rows outside every sequence of a packed row, where everything may be NaN. They match
+// nothing.
+constexpr int kNoQuery = -1, kNoKey = -2;
+
 struct Problem {
   int b, s, t, h, g, e;                      // as in params.h; all of them below 2^30
   int left, right;                           // window; -1: unbounded. At most 2^30
@@ -19,6 +23,7 @@ struct Problem {
   // For each tile of a direction (queries forward, keys backward): the first and the last + 1 of
   // the others whose segment can be one of the tile's. [b, tiles, 2]
   const int* near;
+  int packed;  // the ids come from packed sequences
 };
 
 struct Blocks {

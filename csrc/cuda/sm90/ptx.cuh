@@ -155,9 +155,25 @@ DI void ldmatrix4(u32 a, u32& r0, u32& r1, u32& r2, u32& r3) {
 DI void load_shared2(float& a, float& b, u32 p) {
   asm volatile("ld.shared.v2.f32 {%0,%1},[%2];" : "=f"(a), "=f"(b) : "r"(p));
 }
+DI void store_shared2(u32 p, int a, int b) {
+  asm volatile("st.shared.v2.s32 [%0], {%1,%2};" ::"r"(p), "r"(a), "r"(b) : "memory");
+}
 DI void store_shared4(u32 p, float a, float b, float c, float d) {
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(p), "f"(a), "f"(b), "f"(c), "f"(d)
                : "memory");
+}
+
+// Clears the rows of a swizzled tile of `rows` rows and kChunks x 64 columns that `dead` (a bit a
+// lane) names, from r0. By a whole warp; a fence and a barrier or an arrival must follow.
+template <int kChunks>
+DI void clear_rows(u32 tile, int rows, int r0, u32 dead) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (; dead; dead &= dead - 1)
+    if (lane < 8 * kChunks)
+      store_shared4(
+          tile + (r0 + __ffs(dead) - 1) * 128 + (lane & 7) * 16 + (lane >> 3) * rows * 128, 0.f,
+          0.f, 0.f, 0.f);
 }
 
 // ---- math

@@ -1,6 +1,6 @@
-// Which part of a row a tile has to look at when there are segment ids: from the first to the last
-// that has an id between the tile's least and greatest. Exact for documents in order; for ids in
-// any order it is right, if wide.
+// Sequences packed into a row become segments of it; and which part of a row a tile has to look at
+// when there are segment ids: from the first to the last that has an id between the tile's least
+// and greatest. Exact for documents in order; for ids in any order it is right, if wide.
 #pragma once
 #include "problem.cuh"
 
@@ -27,6 +27,26 @@ static __global__ void __launch_bounds__(256)
     near += 2 * ((long long)b * gridDim.x + tile);
     near[0] = min(first, last), near[1] = last;
   }
+}
+
+// Sequences packed into rows of equal layout for queries and keys, as segment ids: the number of
+// the sequence, and what matches nothing for rows outside of all: kNoQuery, kNoKey. cu: [b, n + 1].
+static __global__ void __launch_bounds__(256)
+    packed_segments(const int* cu, int n, int rows, int longest, int* queries, int* keys) {
+  const int row = blockIdx.x * 256 + threadIdx.x, b = blockIdx.y;
+  if (row >= rows) return;
+  cu += (long long)b * (n + 1);
+  int lo = 0, hi = n;  // the first sequence that ends past the row
+  while (lo < hi) {
+    const int mid = (lo + hi) / 2;
+    if (cu[mid + 1] > row)
+      hi = mid;
+    else
+      lo = mid + 1;
+  }
+  const bool in = lo < n && cu[lo] <= row && (longest < 0 || row - max(cu[lo], 0) < longest);
+  queries[(long long)b * rows + row] = in ? lo : kNoQuery;
+  keys[(long long)b * rows + row] = in ? lo : kNoKey;
 }
 
 }  // namespace flashjax::sm90
