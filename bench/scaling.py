@@ -151,7 +151,9 @@ def main():
         "versions": versions([]),
         "csrc_tree": csrc_tree(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python -m bench.scaling", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python -m bench.scaling", *(f"out/{pathlib.Path(x).name}" if "/" in x else x for x in sys.argv[1:])]
+        ),
         "rows": [],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
