@@ -4,6 +4,7 @@
 int main() {
   using namespace flashjax::test;
   test_sequence();
+  test_select();
   test_kernels();
   test_check();
   test_attention();

@@ -44,6 +44,7 @@ class Random {
 };
 
 void test_sequence();
+void test_select();
 void test_kernels();
 void test_attention();
 void test_check();

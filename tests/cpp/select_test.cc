@@ -1,0 +1,122 @@
+// select.h: which row of the kernel table serves a call, and what it says when none does.
+#include "attention/select.h"
+
+#include <cstring>
+
+#include "test.h"
+
+namespace flashjax::test {
+namespace {
+
+bool picks(const Facts& facts, int arch, const char* id) {
+  std::string why;
+  const Kernel* kernel = select(facts, arch, &why);
+  if (kernel && !std::strcmp(kernel->id, id)) return true;
+  std::printf("wanted %s, got %s\n", id, kernel ? kernel->id : why.c_str());
+  return false;
+}
+
+bool says(const Facts& facts, int arch, const char* words) {
+  std::string why;
+  if (select(facts, arch, &why)) return false;
+  return why.find(words) != why.npos;
+}
+
+// Each column of the table decides something.
+void columns() {
+  const DType bf16 = DType::kBF16, f32 = DType::kF32;
+  const Direction fwd = Direction::Forward, bwd = Direction::Backward;
+  CHECK(picks({fwd, bf16, 128, 128, 0}, 90, "sm90_fwd_bf16_128_full"));
+  CHECK(picks({fwd, bf16, 128, 128, kWindow}, 90, "sm90_fwd_bf16_128"));
+  CHECK(picks({fwd, bf16, 128, 128, kWindow | kSoftcap}, 90, "sm90_fwd_bf16_128_scores"));
+  CHECK(picks({fwd, DType::kF16, 128, 128, 0}, 90, "sm90_fwd_f16_128_full"));
+  CHECK(picks({fwd, bf16, 72, 72, 0}, 90, "sm90_fwd_bf16_128_full"));
+  CHECK(picks({fwd, bf16, 192, 128, kWindow}, 90, "sm90_fwd_bf16_192_128"));
+  CHECK(picks({bwd, bf16, 128, 128, kWindow}, 90, "sm90_bwd_bf16_128"));
+  CHECK(picks({fwd, bf16, 128, 128, kPaged}, 90, "simt_fwd_bf16"));
+  CHECK(picks({fwd, bf16, 100, 100, 0}, 90, "simt_fwd_bf16"));
+  CHECK(picks({fwd, bf16, 128, 128, 0}, 80, "simt_fwd_bf16"));
+  CHECK(picks({fwd, bf16, 128, 128, 0}, 120, "simt_fwd_bf16"));
+  CHECK(picks({fwd, f32, 512, 512, kEverything}, 90, "simt_fwd_f32"));
+  CHECK(picks({bwd, bf16, 128, 128, kDeterministic}, 90, "simt_bwd_bf16"));
+  CHECK(says({fwd, f32, 513, 64, 0}, 90, "d = 513"));
+  CHECK(says({fwd, f32, 513, 64, 0}, 90, "simt_fwd_f32"));
+  CHECK(says({fwd, f32, 0, 64, 0}, 90, "d = 0"));
+  CHECK(says({fwd, f32, 64, 64, 0}, 70, "sm_70"));
+  CHECK(says({bwd, f32, 64, 64, kPaged}, 90, "page_table"));
+}
+
+// The first row that can, whatever is asked.
+void first_of_table() {
+  Random random(7);
+  for (int trial = 0; trial < 2000; ++trial) {
+    Facts f{random.chance(0.5) ? Direction::Forward : Direction::Backward,
+            static_cast<DType>(random.integer(0, 2)), random.integer(0, 300),
+            random.integer(0, 300), 0};
+    if (random.chance(0.7)) f.d -= f.d % 8, f.e -= f.e % 8;
+    for (uint32_t x = 1; x < kFeatureEnd; x <<= 1)
+      if (random.chance(0.15)) f.features |= x;
+    const int archs[] = {0, 70, 75, 80, 90, 100, 120};
+    const int arch = archs[random.integer(0, 6)];
+    const Kernel* first = nullptr;
+    for (const Kernel& k : kernels()) {
+      bool dims = f.d >= 1 && f.e >= 1 && f.d <= k.d && f.e <= k.e && f.d % k.unit == 0 &&
+                  f.e % k.unit == 0;
+      bool here = arch == 0 || (arch >= k.arch_min && arch <= k.arch_max);
+      bool serves = k.direction == f.direction && k.dtype == f.dtype && dims && here && k.built &&
+                    (f.features & ~k.features) == 0;
+      if (serves && !first) first = &k;
+    }
+    std::string why;
+    CHECK(select(f, arch, &why) == first);
+    CHECK(first ? why.empty() : !why.empty());
+  }
+}
+
+// A call's options become facts.
+void facts() {
+  const float number = 0;
+  const int32_t ids = 0, others = 0;
+  Problem p;
+  p.s = p.t = 16;
+  p.window_left = p.window_right = p.max_seqlen_q = p.max_seqlen_k = -1;
+  auto features = [&](auto change, Direction direction = Direction::Backward) {
+    Problem changed = p;
+    change(changed);
+    return facts_of(direction, changed).features;
+  };
+  CHECK(features([](Problem&) {}) == 0);
+  CHECK(features([](Problem& x) { x.window_right = 0; }) == kWindow);
+  CHECK(features([](Problem& x) { x.window_left = 3; }) == kWindow);
+  CHECK(features([](Problem& x) { x.softcap = 20; }) == kSoftcap);
+  CHECK(features([&](Problem& x) { x.bias = &number; }) == kBias);
+  CHECK(features([&](Problem& x) { x.alibi_slopes = &number; }) == kAlibi);
+  CHECK(features([&](Problem& x) { x.sinks = &number; }) == kSinks);
+  CHECK(features([&](Problem& x) { x.segment_ids_q = x.segment_ids_k = &ids; }) == kSegments);
+  CHECK(features([&](Problem& x) { x.seqused_k = &ids; }) == kSeqused);
+  CHECK(features([&](Problem& x) { x.leftpad = &ids; }) == kSeqused);
+  CHECK(features([&](Problem& x) { x.batch_idx = &ids; }) == kBatchIdx);
+  CHECK(features([&](Problem& x) { x.page_table = &ids; }) == kPaged);
+  CHECK(features([&](Problem& x) { x.shift = &ids; }) == kShift);
+  CHECK(features([](Problem& x) { x.deterministic = true; }) == kDeterministic);
+  CHECK(features([](Problem& x) { x.deterministic = true; }, Direction::Forward) == 0);
+  auto pack = [](const int32_t* q, const int32_t* k) {
+    return [=](Problem& x) { x.cu_seqlens_q = q, x.cu_seqlens_k = k; };
+  };
+  CHECK(features(pack(&ids, &ids)) == kPackedAlike);
+  CHECK(features(pack(&ids, &others)) == kPacked);
+  CHECK(features([&](Problem& x) {
+          pack(&ids, &ids)(x);
+          x.sinks = &number;
+        }) == (kPacked | kSinks));
+}
+
+}  // namespace
+
+void test_select() {
+  columns();
+  first_of_table();
+  facts();
+}
+
+}  // namespace flashjax::test
