@@ -158,12 +158,14 @@ def test_cuda_rows_serve_the_core():
     if module is None:
         pytest.skip("built without its CUDA module")
     attrs = dataclasses.asdict(Attrs(scale=0.1, window_right=0))
+    left_out = {row["id"] for row in module.kernels if not row["built"]}
     for dtype in ("bfloat16", "float16"):
         for direction in ("forward", "backward"):
             names = ["q", "k", "v"] + (["out", "lse", "dout", "dlse"] if direction == "backward" else [])
             for extra in ([], ["cu_seqlens_q", "cu_seqlens_k"], ["sinks"]):
                 for d in (64, 128):
-                    assert not module.why_not(direction, dtype, d, d, sorted(names + extra), attrs)
+                    why = module.why_not(direction, dtype, d, d, sorted(names + extra), attrs)
+                    assert not why or (left_out and "is not in this build" in why), why
 
 
 def test_modules_import_alone():
