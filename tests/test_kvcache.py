@@ -262,3 +262,46 @@ def test_query_gradient(implementation):
         direction = jnp.asarray(random.standard_normal(x.shape), x.dtype)
         ends = [loss(*operands[:i], x + sign * step * direction, *operands[i + 1 :], "reference") for sign in (1, -1)]
         assert float((ends[0] - ends[1]) / (2 * step)) == pytest.approx(float((grad * direction).sum()), rel=2e-2)
+
+
+@pytest.mark.parametrize("mapped", ["all", "new and lengths", "cache and pages"])
+def test_vmap_of_append_and_gradients(mapped, random):
+    """Rotary embedding, append, paged attention and their gradients, for each element of a mapped axis."""
+    n, b, s, pages, page, p = 3, 2, 2, 10, 4, 3
+
+    def floats(*shape):
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+    cos, sin = floats(20, 3), floats(20, 3)
+    values = {
+        "q": floats(n, b, s, 4, 8),
+        "k_cache": floats(n, pages, page, 2, 8),
+        "v_cache": floats(n, pages, page, 2, 8),
+        "k": floats(n, b, s, 2, 8),
+        "v": floats(n, b, s, 2, 8),
+        "cache_seqlens": jnp.asarray(random.integers(0, page * p - s, (n, b)), jnp.int32),
+        "page_table": jnp.asarray([random.permutation(pages)[: b * p].reshape(b, p) for _ in range(n)], jnp.int32),
+    }
+    some = {
+        "new and lengths": ("q", "k", "v", "cache_seqlens"),
+        "cache and pages": ("k_cache", "v_cache", "page_table"),
+    }
+    axes = {name: 0 if name in some.get(mapped, values) else None for name in values}
+    arguments = {name: x if axes[name] == 0 else x[0] for name, x in values.items()}
+
+    def call(arguments):
+        return flashjax.flash_mha_with_kvcache(
+            **arguments, rotary_cos=cos, rotary_sin=sin, is_causal=True, return_softmax_lse=True, update_cache=True
+        )
+
+    def gradients(arguments):
+        floating = {name: arguments.pop(name) for name in ("q", "k_cache", "v_cache", "k", "v")}
+        return jax.grad(lambda x: sum((y**2).sum() for y in call(x | arguments)[:2]))(floating)
+
+    def both(arguments):
+        return call(dict(arguments)), gradients(dict(arguments))
+
+    together = jax.vmap(both, in_axes=(axes,))(arguments)
+    alone = [both({name: x[i] if axes[name] == 0 else x for name, x in arguments.items()}) for i in range(n)]
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *alone)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), together, stacked)
