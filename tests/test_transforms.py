@@ -514,3 +514,12 @@ def test_the_private_name_that_is_used_exists():
     _compat.requires_devices(marker)
     assert marker in dispatch.prim_requires_devices_during_lowering
     dispatch.prim_requires_devices_during_lowering.discard(marker)
+
+
+def test_manual_axes_can_be_named():
+    """What `_compat.manual_axes` takes from JAX is there, and makes an axis known to collectives."""
+    with _compat.manual_axes({"x": 4}):
+        jaxpr = jax.make_jaxpr(lambda y: jax.lax.psum(y, "x"))(1.0)
+    assert "psum" in str(jaxpr)
+    with pytest.raises(NameError):
+        jax.make_jaxpr(lambda y: jax.lax.psum(y, "x"))(1.0)
