@@ -2,8 +2,9 @@
 
     python -m bench.scaling --out out/scaling.json [--tokens 32768] [--check] [--trace out/trace]
 
-Every device has `--tokens` tokens. A row's `tflops` are those of one device, `of_single` their ratio to what a device
-alone computes of a sequence of `--tokens` tokens with the same mask. On a CPU with virtual devices the figures mean
+Every device has `--tokens` tokens. A row's `tflops` are those of one device, `of_single` their ratio to what one device
+computes of a sequence of `--tokens` tokens with the same mask while the others idle. In case "apart" every device computes
+such a sequence of its own at the same time: what the slowest of them, and the power that they share, leave of `single`. On a CPU with virtual devices the figures mean
 nothing, but the program runs.
 """
 
@@ -133,6 +134,7 @@ def main():
     parser.add_argument("--devices", type=int, default=len(jax.devices()))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--min-burst", type=float, default=0.3)
+    parser.add_argument("--only", nargs="*", help="these cases alone, as in ring-zigzag, besides single and apart")
     parser.add_argument("--check", action="store_true", help="compare results and gradients with one device first")
     parser.add_argument("--trace", type=pathlib.Path, help="write a profile of one causal zigzag fwd+bwd here")
     args = parser.parse_args()
@@ -160,17 +162,18 @@ def main():
     for mode in ("fwd", "fwd+bwd"):
         for mask in ("full", "causal"):
             causal = {"is_causal": mask == "causal"}
-            runs = {"single": runner(program(mode, **causal), alone)}
+            apart = jax.shard_map(program(mode, **causal), mesh=mesh, in_specs=P(None, "seq"), out_specs=P(None, "seq"))
+            runs = {"single": runner(program(mode, **causal), alone), "apart": runner(jax.jit(apart), split)}
             for _, kind, strategy in [case for case in CASES if case[0] == mask]:
                 layout = flashjax.SequenceLayout(kind, n)
                 call = program(mode, **causal, sequence_layout=layout, strategy=strategy)
-                runs[f"{strategy}-{kind}"] = runner(call, split)
+                if args.only is None or f"{strategy}-{kind}" in args.only:
+                    runs[f"{strategy}-{kind}"] = runner(call, split)
             with timing.ClockMonitor() as clocks:
                 measured = timing.interleaved(runs, args.repeat, args.min_burst)
+            own = {name: 1 if name in ("single", "apart") else n for name in runs}  # devices that share a sequence
             rate = {
-                name: flops(args.tokens * (1 if name == "single" else n), args, mask, mode)
-                / (1 if name == "single" else n)
-                / (times["ms_median"] * 1e9)
+                name: flops(args.tokens * own[name], args, mask, mode) / own[name] / (times["ms_median"] * 1e9)
                 for name, times in measured.items()
             }
             for name, times in measured.items():

@@ -210,8 +210,17 @@ def _ulysses(call, implementation, line, operands):
 def hops(queries, keys, mask: Mask) -> list[tuple[int, list[tuple[Block, ...]]]]:
     """For each distance over which keys are needed at all: the blocks of each device."""
     n = len(queries)
-    found = [(d, [_blocks.blocks(queries[i], keys[(i - d) % n], mask) for i in range(n)]) for d in range(n)]
+    found = [(d, _blocks.plans(queries, [keys[(i - d) % n] for i in range(n)], mask)) for d in range(n)]
     return [(d, plans) for d, plans in found if any(plans)]
+
+
+class _Spot(NamedTuple):
+    """A block in the arrays of this device. Where devices differ is known at run time only."""
+
+    block: Block  # its extents and its window
+    row: int | jax.Array
+    col: int | jax.Array
+    shift: jax.Array | None  # None: the block's
 
 
 class _Parts:
@@ -248,7 +257,7 @@ class _Parts:
         if bias is not None:
             gathered["bias"] = bias
         keys = _pieces(SequenceLayout() if layout.kind == "zigzag" else layout, self.t, 1)[0]
-        return gathered, [_blocks.blocks(queries, keys, self.mask) for queries in self.queries], back
+        return gathered, _blocks.plans(self.queries, [keys] * self.line.n, self.mask), back
 
     # Forward.
 
@@ -279,18 +288,18 @@ class _Parts:
     def _attend(self, plans, keys, so_far, nothing):
         """(out, lse) so far, and these keys. None: nothing so far."""
 
-        def branch(plan, so_far):
-            for i, block in enumerate(plan):
-                so_far = self._attend_block(block, self._shift(plans, plan, i), keys, so_far, nothing)
+        def branch(spots, so_far):
+            for spot in spots:
+                so_far = self._attend_block(spot, keys, so_far, nothing)
             return so_far
 
         cases = self._cases(plans)
-        if len(set(cases)) == 1:
-            return branch(cases[0], so_far)
-        return self.line.switch(cases, lambda plan: functools.partial(branch, plan), so_far or nothing)
+        if len(cases) == 1:
+            return branch(cases[0][0], so_far)
+        return self._switch(cases, lambda spots: functools.partial(branch, spots), so_far or nothing)
 
-    def _attend_block(self, block, shift, keys, so_far, nothing):
-        call, operands = self._block_call(block, shift, self.arrays | keys)
+    def _attend_block(self, spot, keys, so_far, nothing):
+        call, operands = self._block_call(spot, self.arrays | keys)
         compute = functools.partial(call.compute, self._implementation(call, operands))
 
         def merge(so_far):
@@ -300,10 +309,10 @@ class _Parts:
                 if out.shape == nothing[0].shape:
                     return out, lse
                 so_far = nothing
-            old_out, old_lse = _cut(so_far[0], 1, block.rows), _cut(so_far[1], 2, block.rows)
+            old_out, old_lse = _cut(so_far[0], 1, spot.row, lse.shape[2]), _cut(so_far[1], 2, spot.row, lse.shape[2])
             new_lse = jnp.logaddexp(old_lse, lse)
             new_out = old_out * _weight(old_lse, new_lse) + out * _weight(lse, new_lse)
-            return _put(so_far[0], new_out, 1, block.rows), _put(so_far[1], new_lse, 2, block.rows)
+            return _put(so_far[0], new_out, {1: spot.row}), _put(so_far[1], new_lse, {2: spot.row})
 
         if "segment_ids_q" in call.names:
             so_far = so_far or nothing
@@ -355,25 +364,25 @@ class _Parts:
         present = self.arrays | keys
         wanted = ("q", "k", "v", *(("bias",) if "bias" in self.call.wanted else ()))
 
-        def branch(plan):
+        def branch(spots):
             sums = {}
-            for i, block in enumerate(plan):
-                for name, x in self._block_gradients(block, self._shift(plans, plan, i), present, wanted).items():
-                    ranges = self._ranges(name, present[name].shape, block)
+            for spot in spots:
+                for name, x in self._block_gradients(spot, present, wanted).items():
                     if name not in sums:
-                        sums[name] = jnp.zeros(present[name].shape, jnp.float32)
-                        if x.shape == sums[name].shape:
+                        if x.shape == present[name].shape:
                             sums[name] = x
                             continue
-                    old = functools.reduce(lambda y, r: _cut(y, *r), ranges, sums[name])
-                    sums[name] = _put_ranges(sums[name], old + x, ranges)
+                        sums[name] = jnp.zeros(present[name].shape, jnp.float32)
+                    at = self._start(name, present[name].shape, spot)
+                    old = functools.reduce(lambda y, axis: _cut(y, axis, at[axis], x.shape[axis]), at, sums[name])
+                    sums[name] = _put(sums[name], old + x, at)
             return [sums.get(name, jnp.zeros(present[name].shape, jnp.float32)) for name in wanted]
 
-        results = self.line.switch(self._cases(plans), lambda plan: functools.partial(branch, plan))
+        results = self._switch(self._cases(plans), lambda spots: functools.partial(branch, spots))
         return dict(zip(wanted, results, strict=True))
 
-    def _block_gradients(self, block, shift, present, wanted):
-        call, operands = self._block_call(block, shift, present)
+    def _block_gradients(self, spot, present, wanted):
+        call, operands = self._block_call(spot, present)
         compute = functools.partial(call.compute, self._implementation(call, operands))
 
         def run():
@@ -411,34 +420,57 @@ class _Parts:
     # One block.
 
     def _cases(self, plans):
-        """What tells devices apart. Where shifts always matter they are values at run time, and do not."""
-        if not self.mask.is_positional:
-            return plans
-        return [tuple(block._replace(shift=0) for block in plan) for plan in plans]
+        """What the program must tell apart: the spots of each case, and the devices that it is for."""
 
-    def _shift(self, plans, plan, i):
-        """The shift of block i of a case, at run time; None where the block's own will do."""
-        if not self.mask.is_positional:
-            return None
-        cases = self._cases(plans)
-        return self.line.pick([x[i].shift if case == plan else 0 for x, case in zip(plans, cases, strict=True)])
+        def where(values):
+            return values[0] if len(set(values)) == 1 else self.line.pick(values)
 
-    def _ranges(self, name, shape, block: Block):
-        """The parts of an array that a block is about: (axis, range)s."""
-        ranges = []
-        for axis, letter in enumerate(SLOTS[name].letters):
-            if letter in "st" and not (name == "bias" and shape[axis] == 1):
-                ranges.append((axis, block.rows if letter == "s" else block.cols))
-        return ranges
+        def kind(plan):
+            if _blocks.are_alike(plans):
+                return ()
+            return tuple(block._replace(shift=0) if self.mask.is_positional else block for block in plan)
 
-    def _block_call(self, block: Block, shift, arrays):
-        """An ordinary call, on what a block is about."""
-        arrays = {
-            name: functools.reduce(lambda y, r: _cut(y, *r), self._ranges(name, x.shape, block), x)
-            for name, x in arrays.items()
-            if name != "sinks"  # which all keys share
+        cases = {}
+        for place, plan in enumerate(plans):
+            cases.setdefault(kind(plan), []).append(place)
+        found = []
+        for places in cases.values():
+            spots = []
+            for i, block in enumerate(plans[places[0]]):
+                # Of every device of the line, for `pick`: those that take another case may pick anything.
+                own = [plans[place if place in places else places[0]][i] for place in range(self.line.n)]
+                # Where distances matter, a shift is a value at run time, so that devices differ in less.
+                shift = self.line.pick([x.shift for x in own]) if self.mask.is_positional else None
+                spots.append(_Spot(block, where([x.rows[0] for x in own]), where([x.cols[0] for x in own]), shift))
+            found.append((tuple(spots), places))
+        return found
+
+    def _switch(self, cases, function, *operands):
+        """function(spots of this device's case)(*operands)."""
+        case = {place: i for i, (_, places) in enumerate(cases) for place in places}
+        number = [case[place] for place in range(self.line.n)]
+        return self.line.switch(number, lambda i: function(cases[i][0]), *operands)
+
+    def _start(self, name, shape, spot: _Spot):
+        """Where a spot begins in an array: axis -> index, of the axes that it cuts."""
+        letters = SLOTS[name].letters
+        return {
+            axis: spot.row if letter == "s" else spot.col
+            for axis, letter in enumerate(letters)
+            if letter in "st" and not (name == "bias" and shape[axis] == 1)
         }
+
+    def _block_call(self, spot: _Spot, arrays):
+        """An ordinary call, on what a spot is about."""
+        block, shift = spot.block, spot.shift
         rows, cols = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
+
+        def cut(name, x):
+            for axis, start in self._start(name, x.shape, spot).items():
+                x = _cut(x, axis, start, rows if SLOTS[name].letters[axis] == "s" else cols)
+            return x
+
+        arrays = {name: cut(name, x) for name, x in arrays.items() if name != "sinks"}  # which all keys share
         top_left = block.shift != cols - rows
         if shift is None and top_left and block.shift:
             shift = jnp.int32(block.shift)
@@ -516,18 +548,16 @@ def _weight(part, total):
     return jnp.moveaxis(jnp.where(total > -jnp.inf, jnp.exp(part - total), 0), 1, 2)[..., None]
 
 
-def _cut(x, axis, span):
-    return x if span == (0, x.shape[axis]) else jax.lax.slice_in_dim(x, *span, axis=axis)
+def _cut(x, axis, start, size):
+    if size == x.shape[axis]:
+        return x
+    if isinstance(start, int):
+        return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _put(x, part, axis, span):
-    return part if span == (0, x.shape[axis]) else jax.lax.dynamic_update_slice_in_dim(x, part, span[0], axis)
-
-
-def _put_ranges(x, part, ranges):
+def _put(x, part, at):
+    """x with `part` at the indices `at` of some axes."""
     if part.shape == x.shape:
         return part
-    start = [0] * x.ndim
-    for axis, span in ranges:
-        start[axis] = span[0]
-    return jax.lax.dynamic_update_slice(x, part, start)
+    return jax.lax.dynamic_update_slice(x, part, [at.get(axis, 0) for axis in range(x.ndim)])
