@@ -3,9 +3,9 @@
     python -m bench.scaling --out out/scaling.json [--tokens 32768] [--check] [--trace out/trace]
 
 Every device has `--tokens` tokens. A row's `tflops` are those of one device, `of_single` their ratio to what one device
-computes of a sequence of `--tokens` tokens with the same mask while the others idle. In case "apart" every device computes
-such a sequence of its own at the same time: what the slowest of them, and the power that they share, leave of `single`. On a CPU with virtual devices the figures mean
-nothing, but the program runs.
+computes of a sequence of `--tokens` tokens with the same mask while the others idle. In case "apart" every device
+computes such a sequence of its own at the same time: what the slowest of them, and the power that they share, leave of
+`single`. On a CPU with virtual devices the figures mean nothing, but the program runs.
 """
 
 import argparse
