@@ -4,16 +4,23 @@
 #include <cuda.h>
 
 #include <cstring>
+#include <numeric>
 
 #include "../launch.h"
+#include "pages.cuh"
 #include "problem.cuh"
 
 namespace flashjax::sm90 {
 
-// A [b, rows, heads, width] array of 16-bit elements, read or written by boxes of 64 columns and
-// `box` rows.
-inline cudaError_t tensor_map(TMap& map, const void* data, DType dtype, int64_t b, int64_t rows,
-                              int64_t heads, int64_t width, int box) {
+// Dimensions from the innermost; strides in elements, of all but the innermost.
+struct Map {
+  int64_t extent[4], stride[3];
+  int box[4];
+};
+
+// A map of an array of 16-bit elements. `promotion`: the bytes that a miss brings into the L2.
+inline cudaError_t tensor_map(TMap& map, const void* data, DType dtype, const Map& m,
+                              int promotion = 256) {
   static_assert(sizeof(TMap) == sizeof(CUtensorMap));
   using Encode = decltype(&cuTensorMapEncodeTiled);
   struct Driver {
@@ -30,21 +37,41 @@ inline cudaError_t tensor_map(TMap& map, const void* data, DType dtype, int64_t 
   };
   static const Driver driver;
   if (driver.error != cudaSuccess) return driver.error;
-  auto at_least_one = [](int64_t x) { return static_cast<cuuint64_t>(x < 1 ? 1 : x); };
-  const cuuint64_t extent[4] = {at_least_one(width), at_least_one(rows), at_least_one(heads),
-                                at_least_one(b)};
-  const cuuint64_t stride[3] = {extent[2] * extent[0] * 2, extent[0] * 2,
-                                extent[1] * extent[2] * extent[0] * 2};
-  const cuuint32_t boxes[4] = {64, static_cast<cuuint32_t>(box), 1, 1}, ones[4] = {1, 1, 1, 1};
+  cuuint64_t extent[4], stride[3];
+  cuuint32_t box[4];
+  const cuuint32_t ones[4] = {1, 1, 1, 1};
+  for (int i = 0; i < 4; ++i)
+    extent[i] = m.extent[i] < 1 ? 1 : m.extent[i], box[i] = static_cast<cuuint32_t>(m.box[i]);
+  for (int i = 0; i < 3; ++i) stride[i] = m.stride[i] < 8 ? 16 : m.stride[i] * 2;
   CUtensorMap encoded;
   CUresult result = driver.encode(
       &encoded,
       dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-      const_cast<void*>(data), extent, stride, boxes, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      const_cast<void*>(data), extent, stride, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B,
+      promotion == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   std::memcpy(&map, &encoded, sizeof map);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// A [b, rows, heads, width] array, read or written by boxes of 64 columns and `box` rows.
+inline cudaError_t tensor_map(TMap& map, const void* data, DType dtype, int64_t b, int64_t rows,
+                              int64_t heads, int64_t width, int box, int promotion = 256) {
+  return tensor_map(
+      map, data, dtype,
+      {{width, rows, heads, b}, {heads * width, width, rows * heads * width}, {64, box, 1, 1}},
+      promotion);
+}
+
+// Where the keys of a problem lie, for tiles of `tile` keys.
+inline Pages pages(const flashjax::Problem& p, int tile) {
+  Pages x{};
+  x.table = p.page_table, x.entry = p.batch_idx;
+  x.per_row = static_cast<int>(p.p), x.count = static_cast<int>(p.c);
+  x.size = static_cast<int>(p.page_table ? p.page : p.t);
+  x.box = p.page_table ? static_cast<int>(std::gcd(p.page, int64_t{tile})) : tile;
+  return x;
 }
 
 inline Problem problem(const flashjax::Problem& p) {

@@ -1,0 +1,31 @@
+// Where the keys of a batch row lie: one after the other in an entry of k and v, or in pages.
+#pragma once
+#include "ptx.cuh"
+
+namespace flashjax::sm90 {
+
+// What one TMA box brings must lie in one page, and tiles begin at multiples of their size: so a
+// box holds gcd(page, tile) keys.
+struct Pages {
+  const int* table;  // [b, per_row]; null: a row's keys are those of one entry
+  const int* entry;  // [b]: that entry; null: entry b
+  int per_row;       // pages of a row
+  int count;         // pages, or entries, in all
+  int size;          // keys of a page, or of an entry
+  int box;           // keys of a box
+};
+
+struct Place {
+  int page, row;  // page < 0: the table names one that does not exist
+  DI bool good() const { return page >= 0; }
+};
+
+// Key `key` of batch row b, which must be less than per_row * size, or size. An entry that does not
+// exist has no keys (sequence.h), so it is not looked for.
+DI Place place(const Pages& p, int b, int key) {
+  if (!p.table) return {p.entry ? p.entry[b] : b, key};
+  const int at = key / p.size, page = p.table[(long long)b * p.per_row + at];
+  return {page < p.count ? page : -1, key - at * p.size};
+}
+
+}  // namespace flashjax::sm90
