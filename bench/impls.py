@@ -24,6 +24,25 @@ def _normal(shape, seed):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+@functools.cache
+def _generator():
+    import jax
+
+    return jax.jit(
+        lambda seed, shape, dtype: jax.random.normal(jax.random.key(seed), shape, dtype), static_argnums=(1, 2)
+    )
+
+
+@functools.lru_cache(maxsize=4)  # those of one cell: everybody is timed on the same arrays
+def _operand(shape, dtype, seed):
+    import jax
+    import jax.numpy as jnp
+
+    if jax.default_backend() == "cpu":  # the same values as torch has
+        return jnp.asarray(_normal(shape, seed), dtype)
+    return _generator()(seed, shape, dtype)
+
+
 def _extents(cell):
     return {
         "q": (cell.b, cell.s, cell.h, cell.d),
@@ -55,16 +74,8 @@ class Jax:
 
     @staticmethod
     def inputs(cell, names="q k v"):
-        import jax
-        import jax.numpy as jnp
-
-        def make(seed, shape):
-            if jax.default_backend() == "cpu":  # the same values as torch has
-                return jnp.asarray(_normal(shape, seed), cell.dtype)
-            return jax.jit(lambda: jax.random.normal(jax.random.key(seed), shape, cell.dtype))()
-
         shapes = _extents(cell)
-        return [make(seed, shapes[name]) for seed, name in enumerate(names.split())]
+        return [_operand(shapes[name], cell.dtype, seed) for seed, name in enumerate(names.split())]
 
     def prepare(self, cell):
         import jax
