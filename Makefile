@@ -46,7 +46,7 @@ format: $(VENV)/lint ## rewrite what `make lint` would complain about
 
 bench-cpu: $(VENV)/bench-cpu $(VENV)/demo ## the CPU benchmark, to out/bench-cpu.json
 	$(BIN)/python -m bench.run --suite cpu --out out/bench-cpu.json $(BENCH_ARGS)
-	$(BIN)/python -m bench.report out/bench-cpu.json --plots out
+	$(BIN)/python -m bench.report out/bench-cpu.json --plot out/bench-cpu.png
 
 bench-memory: $(VENV)/core ## peak memory against sequence length, to out/memory-cpu.json
 	$(BIN)/python -m bench.memory --out out/memory-cpu.json

@@ -1,16 +1,24 @@
-"""Turns a result of bench.run into tables, and plots.
+"""Turns a result of bench.run into tables, and a plot.
 
-python -m bench.report bench/results/cpu/attention.json
-python -m bench.report out/h200.json --plots out
+    python -m bench.report bench/results/cpu/attention.json
+    python -m bench.report bench/results/h200/bench.json --plot bench/results/h200/bench.png
+
+The fastest of a row stands in bold. A picture carries the id of the result that it shows, so that
+`python -m docs.tables` can tell whether it is of that file.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import pathlib
 from collections import defaultdict
 
+from bench.cells import SUITES
+
 OURS = "flashjax"
+# suite -> how many times as fast as the best of these peers we mean to be: in the mean over the cells, and in each
+REQUIRED = {"h200-train": (1.02, 0.96, {"dew-flash-attn", "fa4-jax", "jax.nn-cudnn"})}
 MODES = {"fwd": "forward", "bwd": "backward", "decode": "decode", "chain": "chained calls"}
 
 
@@ -77,7 +85,10 @@ def mode_table(result, mode) -> str:
     faster, rows, (rate, factor) = ratios(cases), [], unit(cases)
     for case, impls in cases.items():
         best = min(faster[case].values(), default=None) if case in faster else None
+        fastest = min(impls, key=lambda name: impls[name]["ms_median"])
         cells = [figure(impls[name], factor) if name in impls else "-" for name in names]
+        if len(impls) > 1:
+            cells[names.index(fastest)] = f"**{cells[names.index(fastest)]}**"
         rows.append([*problem(next(iter(impls.values()))), *cells, f"{best:.2f}x" if best else "-"])
     text = f"{MODES[mode].capitalize()}, {rate}\n\n"
     text += table(["dtype", "b x s", "heads", "d", "mask", *names, "to the best peer"], rows)
@@ -92,7 +103,22 @@ def mode_table(result, mode) -> str:
                 against = [peers[name] for peers in measured.values() if name in peers]
                 if against:
                     text += f" To {name}{what}: {geomean(against):.2f}x, {min(against):.2f}x."
+        text += "".join(f"\n\n{verdict}" for verdict, _ in verdicts(faster, mode))
     return text
+
+
+def verdicts(faster, mode) -> list[tuple[str, bool]]:
+    """What is required of the cells of a suite and whether it is met, if all cells and peers were run."""
+    found = []
+    for suite, (mean, least, peers) in REQUIRED.items():
+        cells = [cell.id for cell in SUITES[suite] if cell.mode == mode]
+        if cells and faster.keys() >= set(cells) and peers <= {name for case in cells for name in faster[case]}:
+            best = [min(faster[case].values()) for case in cells]
+            met = geomean(best) >= mean and min(best) >= least
+            text = f"Required of the {len(cells)} cells of {suite}: {mean:.2f}x in the mean and {least:.2f}x in each; "
+            text += f"{'met' if met else 'missed'} with {geomean(best):.3f}x and {min(best):.3f}x."
+            found.append((text, met))
+    return found
 
 
 def tables(result) -> str:
@@ -112,51 +138,76 @@ def heading(result) -> str:
     )
 
 
-def plots(result, folder: pathlib.Path) -> list[pathlib.Path]:
-    """One picture for each (mode, dtype, d, mask): the rate against sequence length, or bars for a single length."""
+def digest(result) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def curves(result) -> dict[str, dict[tuple, dict[str, list[tuple[int, float]]]]]:
+    """mode -> (dtype, d, mask) -> impl -> points (sequence length, rate), of cells that differ in nothing else."""
+    found = {}
+    for row in result["rows"]:
+        plain = row["mask"] in ("full", "causal") and "packed" not in row["case"] and row["h"] == row["g"]
+        if row["mode"] in ("fwd", "bwd") and plain and row["d"] == row["e"]:
+            lines = found.setdefault(row["mode"], {}).setdefault((row["dtype"], row["d"], row["mask"]), {})
+            lines.setdefault(row["impl"], []).append((row["s"], row["tflops"]))
+    return found
+
+
+def plot(result, path: pathlib.Path) -> None:
+    """The rate against sequence length, a line for each implementation; bars where there is one length only."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups = defaultdict(lambda: defaultdict(dict))
-    for row in result["rows"]:
-        if row["mode"] in ("fwd", "bwd") and "packed" not in row["case"] and row["h"] == row["g"]:
-            groups[row["mode"], row["mask"]][row["impl"]][row["dtype"], row["d"], row["b"], row["s"]] = row["tflops"]
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for (mode, mask), impls in groups.items():
-        cells = list(dict.fromkeys(cell for rates in impls.values() for cell in rates))
-        dims = list(dict.fromkeys((dtype, d) for dtype, d, _, _ in cells))
-        scale, unit = (1, "TFLOP/s") if max(max(rates.values()) for rates in impls.values()) >= 1 else (1e3, "GFLOP/s")
-        lines = [dim for dim in dims if len({s for dtype, d, _, s in cells if (dtype, d) == dim}) > 2]
-        figure, axes = plt.subplots(1, len(lines) + 1 if lines else 1, figsize=(6 * (len(lines) + 1), 4), squeeze=False)
-        for axis, dim in zip(axes[0], lines, strict=False):
-            for name, rates in impls.items():
-                points = sorted((s, scale * rate) for (dtype, d, _, s), rate in rates.items() if (dtype, d) == dim)
-                axis.plot(*zip(*points, strict=True), marker="o", label=name)
-            axis.set(xscale="log", xlabel="sequence length", ylabel=unit, title=f"{dim[0]}, d = {dim[1]}")
+    modes = curves(result)
+    panels = list(dict.fromkeys(panel for lines in modes.values() for panel in lines))
+    several = [panel for panel in panels if any(len(x) > 1 for m in modes.values() for x in m.get(panel, {}).values())]
+    panels = several or panels
+    names = list(dict.fromkeys(row["impl"] for row in result["rows"]))
+    rates = [rate for lines in modes.values() for impls in lines.values() for x in impls.values() for _, rate in x]
+    scale, unit = (1, "TFLOP/s") if max(rates) >= 1 else (1e3, "GFLOP/s")
+    size = (3.2 * len(panels) + 1, 2.8 * len(modes))
+    figure, axes = plt.subplots(len(modes), len(panels), figsize=size, squeeze=False, sharey="row")
+    for axis_row, (mode, lines) in zip(axes, modes.items(), strict=True):
+        axis_row[0].set_ylabel(f"{MODES[mode]}, {unit}")
+        for axis, panel in zip(axis_row, panels, strict=True):
+            dtype, d, mask = panel
+            axis.set_title(f"{dtype}, d = {d}, {mask}", fontsize=9)
             axis.grid(alpha=0.3)
-        axis, rest = axes[0][-1], [cell for cell in cells if cell[:2] not in lines]
-        width = 0.8 / len(impls)
-        for i, (name, rates) in enumerate(impls.items()):
-            heights = [scale * rates.get(cell, 0) for cell in rest]
-            axis.bar([x + i * width for x in range(len(rest))], heights, width, label=name)
-        labels = [f"{dtype}\nd = {d}\n{b} x {s}" for dtype, d, b, s in rest]
-        axis.set_xticks([x + width * (len(impls) - 1) / 2 for x in range(len(rest))], labels, fontsize=8)
-        axis.set(ylabel=unit)
-        axis.legend(fontsize=8)
-        figure.suptitle(f"attention, {MODES[mode]}, {mask}; {result['device']}")
-        paths.append(folder / f"{mode}-{mask}.png")
-        figure.savefig(paths[-1], dpi=120, bbox_inches="tight")
-        plt.close(figure)
-    return paths
+            for i, name in enumerate(names):
+                points = sorted((s, scale * rate) for s, rate in lines.get(panel, {}).get(name, []))
+                style = {"color": f"C{i}", "label": name, "zorder": 3 if name == OURS else 2}
+                if not several:
+                    axis.bar([i], [rate for _, rate in points] or [0], **style)
+                elif points:
+                    axis.plot(*zip(*points, strict=True), marker="o", markersize=4, **style)
+            if several:
+                axis.set_xscale("log", base=2)
+            else:
+                axis.set_xticks([])
+    if several:
+        for axis in axes[-1]:
+            axis.set_xlabel("sequence length")
+    handles, labels = max((axis.get_legend_handles_labels() for axis in axes.flat), key=lambda found: len(found[1]))
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False, bbox_to_anchor=(0.5, -0.04))
+    figure.suptitle(result["device"], fontsize=10)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Comment": digest(result), "Software": None})
+    plt.close(figure)
+
+
+def shows(path: pathlib.Path, result) -> bool:
+    """Whether a picture is there, and of this result."""
+    return path.exists() and digest(result).encode() in path.read_bytes()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=pathlib.Path)
-    parser.add_argument("--plots", type=pathlib.Path, help="a folder for pictures")
+    parser.add_argument("--plot", type=pathlib.Path, help="a picture to write, .png")
+    parser.add_argument("--require", action="store_true", help="fail if what is required is missed")
     args = parser.parse_args()
     result = json.loads(args.result.read_text())
     print(heading(result) + "\n\n" + tables(result))
@@ -164,8 +215,12 @@ def main():
         print(f"\nAbsent: {name} ({why})")
     for skip in result["skipped"]:
         print(f"\nNot run: {skip['case']}, {skip['impl']}: {skip['why']}")
-    if args.plots:
-        print("\n" + "\n".join(f"wrote {path}" for path in plots(result, args.plots)))
+    if args.plot:
+        plot(result, args.plot)
+        print(f"\nwrote {args.plot}")
+    if args.require:
+        met = [met for mode in MODES for _, met in verdicts(ratios(by_case(result, mode)), mode)]
+        raise SystemExit(not met or not all(met))
 
 
 if __name__ == "__main__":

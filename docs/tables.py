@@ -107,7 +107,13 @@ def result(path, text=report.tables) -> str:
     if data.get("absent"):
         source += f" Asked for, but not there: {', '.join(data['absent'])}."
     run = re.sub(r"--out \S+", f"--out out/{pathlib.Path(path).name}", data["command"])
-    return f"{source}\n\n{text(data)}" + command(f"{run}\n{show} bench/results/{path}")
+    shown = f"{show} bench/results/{path}"
+    picture = (RESULTS / path).with_suffix(".png")
+    if report.shows(picture, data):
+        name = picture.relative_to(ROOT)
+        source += f"\n\n![{data['device']}: rates against sequence length]({name})"
+        shown += f" --plot {name}"
+    return f"{source}\n\n{text(data)}" + command(f"{run}\n{shown}")
 
 
 def benchmarks(folder) -> list[pathlib.Path]:
@@ -141,6 +147,15 @@ def stale() -> dict[pathlib.Path, str]:
     return {path: new for path in paths if (new := filled(path.read_text())) != path.read_text()}
 
 
+def strays() -> list[pathlib.Path]:
+    """Pictures next to results that show something else."""
+    return [
+        path
+        for path in sorted(RESULTS.rglob("*.png"))
+        if not report.shows(path, json.loads(path.with_suffix(".json").read_text()))
+    ]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -150,7 +165,9 @@ def main():
         print(f"{path.relative_to(ROOT)}: {'out of date: run python -m docs.tables' if args.check else 'rewritten'}")
         if not args.check:
             path.write_text(text)
-    raise SystemExit(1 if found and args.check else 0)
+    for path in strays():
+        print(f"{path.relative_to(ROOT)} is of another result: run python -m bench.report with --plot")
+    raise SystemExit(1 if (found and args.check) or strays() else 0)
 
 
 if __name__ == "__main__":

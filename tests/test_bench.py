@@ -1,0 +1,49 @@
+"""What the benchmark's report concludes from figures."""
+
+import pytest
+from bench import report
+from bench.cells import SUITES
+
+PEERS = ("dew-flash-attn", "fa4-jax", "jax.nn-cudnn")
+
+
+def result(ratio, names=PEERS, slowest=None):
+    """A run of h200-train in which the best peer takes `ratio` times as long as we do, the others longer."""
+    rows = []
+    for cell in SUITES["h200-train"]:
+        factor = slowest if slowest is not None and cell is SUITES["h200-train"][0] else ratio
+        for i, (name, ms) in enumerate(
+            {"flashjax": 1.0, **{name: factor + 0.1 * i for i, name in enumerate(names)}}.items()
+        ):
+            row = {key: getattr(cell, key) for key in ("mode", "dtype", "b", "s", "t", "h", "g", "d", "e", "mask")}
+            rows.append(row | {"case": cell.id, "impl": name, "ms_median": ms, "tflops": 500 / ms + i})
+    return {"device": "a device", "rows": rows}
+
+
+def verdicts(result, mode):
+    return report.verdicts(report.ratios(report.by_case(result, mode)), mode)
+
+
+@pytest.mark.parametrize(("ratio", "slowest", "met"), [(1.03, None, True), (1.01, None, False), (1.1, 0.95, False)])
+def test_what_is_required(ratio, slowest, met):
+    ((text, found),) = verdicts(result(ratio, slowest=slowest), "fwd")
+    assert found == met
+    assert ("met with" in text) == met
+    assert f"{slowest or ratio:.3f}x." in text
+
+
+def test_nothing_is_judged_without_every_peer_and_cell():
+    assert not verdicts(result(2.0, names=PEERS[:2]), "fwd")
+    some = result(2.0)
+    some["rows"] = some["rows"][len(PEERS) + 1 :]
+    assert not verdicts(some, "fwd")
+    assert verdicts(some, "bwd")
+
+
+def test_a_plot_knows_its_result(tmp_path):
+    pytest.importorskip("matplotlib")
+    one, other = result(1.0), result(2.0)
+    report.plot(one, tmp_path / "plot.png")
+    assert report.shows(tmp_path / "plot.png", one)
+    assert not report.shows(tmp_path / "plot.png", other)
+    assert not report.shows(tmp_path / "none.png", one)
