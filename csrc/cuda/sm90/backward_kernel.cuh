@@ -6,32 +6,17 @@
 //   dV += P' dO and dK += dS' Q; dS also goes to shared memory, as queries x keys, for dQ = dS K.
 // Pipeline, barriers, registers and shared memory: docs/kernels/sm90-backward.md.
 #pragma once
-#include "problem.cuh"
-#include "wgmma.cuh"
+#include "backward_common.cuh"
 
 namespace flashjax::sm90 {
 
-struct BackwardArgs {
-  Problem p;
-  const float *lse2,
-      *delta;  // [b * h, rows]: lse * log2(e), +inf where P is to be 0; sum of dout * out - dlse
-  float* dq;   // [b * h, rows * D], zeroed; register order within a tile of M x D
-  int rows;    // s rounded up to M
-  int nblocks, group;  // key blocks of a head; key heads of an L2 section
-  int clean;  // some query of a visited tile may have seen nothing, and its dout may be NaN
-};
-
-enum : int {
-  kBackwardMasks = 1,   // windows
-  kBackwardScores = 2,  // softcap, bias, alibi, segment ids
-};
-
 template <bool F16, int D, int M, int N, int kOptions>
 struct Backward {
-  static constexpr int kStages = 2, kChunks = D / 64, kThreads = 384;
+  static constexpr int kM = M, kN = N, kStages = 2, kChunks = D / 64, kThreads = 384;
   static constexpr int kConsumerRegs = D == 128 && (kOptions & kBackwardScores) ? 240 : 232,
                        kProducerRegs = kConsumerRegs == 240 ? 24 : 40;
   static constexpr bool kMask = kOptions & kBackwardMasks, kScore = kOptions & kBackwardScores;
+  static constexpr bool kQFirst = true;
   // How dQ (M x D) is split over the two warpgroups: by rows, or by columns.
   static constexpr bool kByRows = M == 128;
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kDsBytes = M * N * 2,
@@ -63,87 +48,31 @@ struct Backward {
     extern __shared__ unsigned char smem_raw[];
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
-    // Sections of `group` key heads; key blocks outermost inside one, so that under a causal mask
-    // the longest go first.
-    const int per = a.group * a.nblocks, section = blockIdx.x / per,
-              r0 = blockIdx.x - section * per;
-    const int heads = min(a.group, p.b * p.g - section * a.group);
-    const int n = r0 / heads, bg = section * a.group + r0 % heads, g = bg % p.g, b = bg / p.g,
-              ratio = p.h / p.g;
-    const Blocks blocks =
-        query_blocks<M>(p, n * N, min(n * N + N, p.t),
-                        kScore && p.near ? p.near + 2 * (b * a.nblocks + n) : nullptr);
-    if (threadIdx.x == 0) {
-      mb_init(x.kv_full, 1), mb_init(x.kv_raw, 1);
-      for (int i = 0; i < kStages; i++) {
-        mb_init(x.q_full + 8 * i, 1), mb_init(x.q_empty + 8 * i, 2 + a.clean);
-        mb_init(x.o_full + 8 * i, 1), mb_init(x.o_empty + 8 * i, 2);
-        mb_init(x.o_raw + 8 * i, 1), mb_init(x.q_raw + 8 * i, 1);
-      }
-      mb_init_fence();
-      fence_async();
-    }
+    const KeyTile tile = key_tile<M, N, kScore>(a, blockIdx.x);
+    if (threadIdx.x == 0) BackwardProducer<Backward>::init(x, a.clean);
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
       const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
-      const int first_head = b * p.h + g * ratio;
-      if (threadIdx.x == 0) {
-        load(mq, mk, mv, mdo, a, x, blocks, n, g, b, ratio);
-      } else if (warp == 1) {
-        add_dq(a, x, blocks, first_head, ratio);
-      } else if (warp == 2 && a.clean) {
-        clean(p, x, n, b, ratio * (blocks.end - blocks.begin));
-      }
+      if (threadIdx.x == 0)
+        BackwardProducer<Backward>::load(mq, mk, mv, mdo, a, x, tile);
+      else if (warp == 1)
+        add_dq(a, x, tile);
+      else if (warp == 2 && a.clean)
+        BackwardProducer<Backward>::clean(p, x, tile);
     } else {
       reg_inc<kConsumerRegs>();
-      compute(mdk, mdv, a, x, blocks, wg - 1, n, g, b, ratio);
+      compute(mdk, mdv, a, x, tile, wg - 1);
     }
   }
 
-  static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
-                      const BackwardArgs& a, const Layout& x, const Blocks& blocks, int n, int g,
-                      int b, int ratio) {
-    const u32 kv = kScore && a.p.packed ? x.kv_raw : x.kv_full;
-    mb_expect(kv, 2 * kKBytes);
-#pragma unroll 1
-    for (int c = 0; c < kChunks; c++) {
-      tma_load(x.k + c * N * 128, &mk, kv, c * 64, n * N, g, b, kEvictFirst);
-      tma_load(x.v + c * N * 128, &mv, kv, c * 64, n * N, g, b, kEvictFirst);
-    }
-    int s = 0, ph = 1;
-#pragma unroll 1
-    for (int h = g * ratio; h < (g + 1) * ratio; h++) {
-      const long long row = ((long long)b * a.p.h + h) * a.rows;
-#pragma unroll 1
-      for (int m = blocks.begin; m < blocks.end; m++) {
-        mb_wait(x.q_empty + 8 * s, ph);
-        const u32 q_full = (kScore && a.p.packed ? x.q_raw : x.q_full) + 8 * s;
-        mb_expect(q_full, kQBytes + M * 4);
-#pragma unroll 1
-        for (int c = 0; c < kChunks; c++)
-          tma_load(x.q + s * kQBytes + c * M * 128, &mq, q_full, c * 64, m * M, h, b, kEvictLast);
-        bulk_load(x.lse + s * M * 4, a.lse2 + row + m * M, M * 4, q_full);
-        mb_wait(x.o_empty + 8 * s, ph);
-        const u32 full = (kScore || a.clean ? x.o_raw : x.o_full) + 8 * s;
-        mb_expect(full, kQBytes + M * 4);
-#pragma unroll 1
-        for (int c = 0; c < kChunks; c++)
-          tma_load(x.o + s * kQBytes + c * M * 128, &mdo, full, c * 64, m * M, h, b, kEvictLast);
-        bulk_load(x.delta + s * M * 4, a.delta + row + m * M, M * 4, full);
-        if (++s == kStages) s = 0, ph ^= 1;
-      }
-    }
-  }
-
-  static DI void add_dq(const BackwardArgs& a, const Layout& x, const Blocks& blocks, int head,
-                        int ratio) {
+  static DI void add_dq(const BackwardArgs& a, const Layout& x, const KeyTile& tile) {
     const bool elect = (threadIdx.x & 31) == 0;
 #pragma unroll 1
-    for (int h = 0; h < ratio; h++) {
-      float* dst = a.dq + (long long)(head + h) * a.rows * D;
+    for (int h = tile.first_head; h < tile.first_head + tile.heads; h++) {
+      float* dst = a.dq + ((long long)tile.b * a.p.h + h) * a.rows * D;
 #pragma unroll 1
-      for (int m = blocks.begin; m < blocks.end; m++) {
+      for (int m = tile.blocks.begin; m < tile.blocks.end; m++) {
 #pragma unroll 1
         for (int w = 0; w < 2; w++) {
           bar_sync(kBarDqFull + w, 160);
@@ -164,54 +93,11 @@ struct Backward {
     if (elect) bulk_wait<0>();
   }
 
-  // Rows whose P is 0 become 0, for 0 * NaN is NaN: of dO always, and of Q, K and V where sequences
-  // are packed.
-  static DI void clean(const Problem& p, const Layout& x, int n, int b, int steps) {
-    const int lane = threadIdx.x & 31;
-    const bool packed = kScore && p.packed;
-    if (packed) {
-      mb_wait(x.kv_raw, 0);
-#pragma unroll 1
-      for (int r0 = 0; r0 < N; r0 += 32) {
-        const int key = n * N + r0 + lane;
-        const u32 dead =
-            __ballot_sync(~0u, key < p.t && p.segment_k[(long long)b * p.t + key] == kNoKey);
-        clear_rows<kChunks>(x.k, N, r0, dead);
-        clear_rows<kChunks>(x.v, N, r0, dead);
-      }
-      fence_async();
-      __syncwarp();
-      if (lane == 0) mb_arrive(x.kv_full);
-    }
-    int s = 0, ph = 0;
-#pragma unroll 1
-    for (int it = 0; it < steps; it++) {
-      mb_wait((packed ? x.q_raw : x.q_full) + 8 * s, ph);
-      mb_wait(x.o_raw + 8 * s, ph);
-#pragma unroll 1
-      for (int r0 = 0; r0 < M; r0 += 32) {
-        float l;
-        asm volatile("ld.shared.f32 %0, [%1];"
-                     : "=f"(l)
-                     : "r"(x.lse + s * M * 4 + (r0 + lane) * 4)
-                     : "memory");
-        const u32 dead = __ballot_sync(~0u, l == infinity());
-        clear_rows<kChunks>(x.o + s * kQBytes, M, r0, dead);
-        if (packed) clear_rows<kChunks>(x.q + s * kQBytes, M, r0, dead);
-      }
-      fence_async();
-      __syncwarp();
-      if (lane == 0) {
-        if (packed) mb_arrive(x.q_full + 8 * s);
-        mb_arrive(x.o_full + 8 * s), mb_arrive(x.q_empty + 8 * s);
-      }
-      if (++s == kStages) s = 0, ph ^= 1;
-    }
-  }
-
   static DI void compute(const TMap& mdk, const TMap& mdv, const BackwardArgs& a, const Layout& x,
-                         const Blocks& blocks, int cw, int n, int g, int b, int ratio) {
+                         const KeyTile& tile, int cw) {
     const Problem& p = a.p;
+    const Blocks& blocks = tile.blocks;
+    const int n = tile.n, b = tile.b;
     const int tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
     const bool elect = tid == 0;
     float dk[D / 2], dv[D / 2];
@@ -233,8 +119,8 @@ struct Backward {
         n * N + cw * 64 + warp * 16 + (lane >> 2);  // this thread's keys: key and key + 8
     const bool tail = (n + 1) * N > p.t;
     const float sl2 = p.scale * kLog2E;
-    const int steps = ratio * (blocks.end - blocks.begin);
-    int m = blocks.begin, h = g * ratio;
+    const int steps = tile.steps();
+    int m = blocks.begin, h = tile.first_head;
     mb_wait(x.kv_full, 0);
 #pragma unroll 1
     for (int it = 0; it < steps; it++) {
@@ -275,28 +161,15 @@ struct Backward {
       if (tail || (kMask && blocks.masked(m))) {
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
-          const int kv = key + 8 * hh,
-                    first = m * M + 2 * (lane & 3);  // columns are first + 8 j + e
+          const int kv = key + 8 * hh, first = m * M + 2 * (lane & 3);
           int least = -1, most = 1 << 30;
           if (kMask && p.right >= 0) least = kv - p.diagonal - p.right - first;
           if (kMask && p.left >= 0) most = kv - p.diagonal + p.left - first;
           if (kv >= p.t) least = 1 << 30;
-#pragma unroll
-          for (int j = 0; j < M / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-              if (8 * j + e < least || (kMask && 8 * j + e > most))
-                st[4 * j + 2 * hh + e] = -infinity();
-          if (kScore && p.segment_q) {
-            const int mine = p.segment_k[(long long)b * p.t + min(kv, p.t - 1)];
-            const int* ids = p.segment_q + (long long)b * p.s;
-#pragma unroll
-            for (int j = 0; j < M / 8; j++)
-#pragma unroll
-              for (int e = 0; e < 2; e++)
-                if (ids[min(first + 8 * j + e, p.s - 1)] != mine)
-                  st[4 * j + 2 * hh + e] = -infinity();
-          }
+          mask_row(st, hh, least, most);
+          if (kScore && p.segment_q)
+            mask_segment(st, hh, p.segment_k[(long long)b * p.t + min(kv, p.t - 1)],
+                         p.segment_q + (long long)b * p.s, first, p.s);
         }
       }
       if constexpr (kScore) {  // P = exp(score - lse); what goes on to dS also has the derivative
@@ -403,26 +276,16 @@ struct Backward {
     // dV over V (own rows), dK over K (once nobody reads K any more); the store clips ragged rows
     // and columns.
     const int er = cw * 64 + warp * 16 + (lane & 7) + 8 * ((lane >> 3) & 1);
-    auto put = [&](float (&d)[D / 2], u32 buffer, float f) {
-#pragma unroll
-      for (int s = 0; s < D / 16; s++)
-        stmatrix4(
-            buffer + (s / 4) * N * 128 + er * 128 + (((2 * (s % 4) + (lane >> 4)) ^ (er & 7)) << 4),
-            pack<F16>(d[8 * s] * f, d[8 * s + 1] * f),
-            pack<F16>(d[8 * s + 2] * f, d[8 * s + 3] * f),
-            pack<F16>(d[8 * s + 4] * f, d[8 * s + 5] * f),
-            pack<F16>(d[8 * s + 6] * f, d[8 * s + 7] * f));
-    };
-    put(dv, x.v, 1.f);
+    put_rows<F16>(dv, x.v, N * 128, er, 1.f);
     bar_sync(kBarEnd, 256);
-    put(dk, x.k, p.scale);
+    put_rows<F16>(dk, x.k, N * 128, er, p.scale);
     fence_async();
     bar_sync(kBarStore + cw, 128);
     if (elect) {
 #pragma unroll
       for (int c = 0; c < kChunks; c++) {
-        tma_store(&mdv, x.v + c * N * 128 + cw * 8192, c * 64, n * N + cw * 64, g, b);
-        tma_store(&mdk, x.k + c * N * 128 + cw * 8192, c * 64, n * N + cw * 64, g, b);
+        tma_store(&mdv, x.v + c * N * 128 + cw * 8192, c * 64, n * N + cw * 64, tile.g, b);
+        tma_store(&mdk, x.k + c * N * 128 + cw * 8192, c * 64, n * N + cw * 64, tile.g, b);
       }
       bulk_commit();
       bulk_wait<0>();

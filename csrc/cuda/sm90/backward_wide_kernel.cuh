@@ -7,15 +7,15 @@
 //   registers.
 // Q and dO have one stage: they are loaded under dK and dQ. See docs/kernels/sm90-backward.md.
 #pragma once
-#include "backward_kernel.cuh"
+#include "backward_common.cuh"
 
 namespace flashjax::sm90 {
 
 template <bool F16, int D, int M, int N, int kOptions>
 struct WideBackward {
-  static constexpr int kChunks = D / 64, kHalf = D / 2, kThreads = 384;
+  static constexpr int kM = M, kN = N, kStages = 1, kChunks = D / 64, kHalf = D / 2, kThreads = 384;
   static constexpr bool kMask = kOptions & kBackwardMasks, kScore = kOptions & kBackwardScores;
-  static constexpr bool kByRows = true;
+  static constexpr bool kByRows = true, kQFirst = false;
   static constexpr int kConsumerRegs = 240, kProducerRegs = 24;
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kPBytes = M * N * 2;
   static constexpr int kSmem = 2 * kKBytes + 2 * kQBytes + 2 * kPBytes + 2 * M * 4 + 128 + 1024;
@@ -40,113 +40,27 @@ struct WideBackward {
     extern __shared__ unsigned char smem_raw[];
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
-    const int per = a.group * a.nblocks, section = blockIdx.x / per,
-              r0 = blockIdx.x - section * per;
-    const int heads = min(a.group, p.b * p.g - section * a.group);
-    const int n = r0 / heads, bg = section * a.group + r0 % heads, g = bg % p.g, b = bg / p.g,
-              ratio = p.h / p.g;
-    const Blocks blocks =
-        query_blocks<M>(p, n * N, min(n * N + N, p.t),
-                        kScore && p.near ? p.near + 2 * (b * a.nblocks + n) : nullptr);
-    if (threadIdx.x == 0) {
-      mb_init(x.kv_full, 1), mb_init(x.kv_raw, 1), mb_init(x.q_raw, 1);
-      mb_init(x.q_full, 1), mb_init(x.q_empty, 2 + a.clean);
-      mb_init(x.o_full, 1), mb_init(x.o_empty, 2);
-      mb_init(x.o_raw, 1);
-      mb_init_fence();
-      fence_async();
-    }
+    const KeyTile tile = key_tile<M, N, kScore>(a, blockIdx.x);
+    if (threadIdx.x == 0) BackwardProducer<WideBackward>::init(x, a.clean);
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
       const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
       if (threadIdx.x == 0)
-        load(mq, mk, mv, mdo, a, x, blocks, n, g, b, ratio);
+        BackwardProducer<WideBackward>::load(mq, mk, mv, mdo, a, x, tile);
       else if (warp == 1 && a.clean)
-        clean(p, x, n, b, ratio * (blocks.end - blocks.begin));
+        BackwardProducer<WideBackward>::clean(p, x, tile);
     } else {
       reg_inc<kConsumerRegs>();
-      compute(mdk, mdv, a, x, blocks, wg - 1, n, g, b, ratio);
-    }
-  }
-
-  static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
-                      const BackwardArgs& a, const Layout& x, const Blocks& blocks, int n, int g,
-                      int b, int ratio) {
-    const u32 kv = kScore && a.p.packed ? x.kv_raw : x.kv_full;
-    mb_expect(kv, 2 * kKBytes);
-#pragma unroll 1
-    for (int c = 0; c < kChunks; c++) {
-      tma_load(x.k + c * N * 128, &mk, kv, c * 64, n * N, g, b, kEvictFirst);
-      tma_load(x.v + c * N * 128, &mv, kv, c * 64, n * N, g, b, kEvictFirst);
-    }
-    int ph = 1;
-#pragma unroll 1
-    for (int h = g * ratio; h < (g + 1) * ratio; h++) {
-      const long long row = ((long long)b * a.p.h + h) * a.rows;
-#pragma unroll 1
-      for (int m = blocks.begin; m < blocks.end; m++, ph ^= 1) {
-        mb_wait(x.o_empty, ph);  // dO is free before Q, but lse goes with Q, and delta with dO
-        const u32 full = a.clean ? x.o_raw : x.o_full;
-        mb_expect(full, kQBytes + M * 4);
-#pragma unroll 1
-        for (int c = 0; c < kChunks; c++)
-          tma_load(x.o + c * M * 128, &mdo, full, c * 64, m * M, h, b, kEvictLast);
-        bulk_load(x.delta, a.delta + row + m * M, M * 4, full);
-        mb_wait(x.q_empty, ph);
-        const u32 q_full = kScore && a.p.packed ? x.q_raw : x.q_full;
-        mb_expect(q_full, kQBytes + M * 4);
-#pragma unroll 1
-        for (int c = 0; c < kChunks; c++)
-          tma_load(x.q + c * M * 128, &mq, q_full, c * 64, m * M, h, b, kEvictLast);
-        bulk_load(x.lse, a.lse2 + row + m * M, M * 4, q_full);
-      }
-    }
-  }
-
-  // Rows whose P is 0 become 0, for 0 * NaN is NaN: of dO always, and of Q, K and V where sequences
-  // are packed.
-  static DI void clean(const Problem& p, const Layout& x, int n, int b, int steps) {
-    const int lane = threadIdx.x & 31;
-    const bool packed = kScore && p.packed;
-    if (packed) {
-      mb_wait(x.kv_raw, 0);
-#pragma unroll 1
-      for (int r0 = 0; r0 < N; r0 += 32) {
-        const int key = n * N + r0 + lane;
-        const u32 dead =
-            __ballot_sync(~0u, key < p.t && p.segment_k[(long long)b * p.t + key] == kNoKey);
-        clear_rows<kChunks>(x.k, N, r0, dead);
-        clear_rows<kChunks>(x.v, N, r0, dead);
-      }
-      fence_async();
-      __syncwarp();
-      if (lane == 0) mb_arrive(x.kv_full);
-    }
-#pragma unroll 1
-    for (int it = 0; it < steps; it++) {
-      mb_wait(packed ? x.q_raw : x.q_full, it & 1);
-      mb_wait(x.o_raw, it & 1);
-#pragma unroll 1
-      for (int r0 = 0; r0 < M; r0 += 32) {
-        float l;
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(l) : "r"(x.lse + (r0 + lane) * 4) : "memory");
-        const u32 dead = __ballot_sync(~0u, l == infinity());
-        clear_rows<kChunks>(x.o, M, r0, dead);
-        if (packed) clear_rows<kChunks>(x.q, M, r0, dead);
-      }
-      fence_async();
-      __syncwarp();
-      if (lane == 0) {
-        if (packed) mb_arrive(x.q_full);
-        mb_arrive(x.o_full), mb_arrive(x.q_empty);
-      }
+      compute(mdk, mdv, a, x, tile, wg - 1);
     }
   }
 
   static DI void compute(const TMap& mdk, const TMap& mdv, const BackwardArgs& a, const Layout& x,
-                         const Blocks& blocks, int cw, int n, int g, int b, int ratio) {
+                         const KeyTile& tile, int cw) {
     const Problem& p = a.p;
+    const Blocks& blocks = tile.blocks;
+    const int n = tile.n, b = tile.b;
     const int tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
     const bool elect = tid == 0;
     float dk[kHalf / 2], dv[kHalf / 2];
@@ -167,8 +81,8 @@ struct WideBackward {
     const int c0 = n * N + 2 * (lane & 3);  // this thread's keys: c0 + 8 j + {0, 1}
     const bool tail = (n + 1) * N > p.t;
     const float sl2 = p.scale * kLog2E;
-    const int steps = ratio * (blocks.end - blocks.begin);
-    int m = blocks.begin, h = g * ratio;
+    const int steps = tile.steps();
+    int m = blocks.begin, h = tile.first_head;
     mb_wait(x.kv_full, 0);
 #pragma unroll 1
     for (int it = 0; it < steps; it++) {
@@ -204,35 +118,18 @@ struct WideBackward {
       }
       pin(st);
       const int row0 = m * M + local;
-      float lse[2];
-      asm volatile("ld.shared.f32 %0, [%1];" : "=f"(lse[0]) : "r"(x.lse + local * 4) : "memory");
-      asm volatile("ld.shared.f32 %0, [%1];"
-                   : "=f"(lse[1])
-                   : "r"(x.lse + local * 4 + 32)
-                   : "memory");
+      const float lse[2] = {load_shared(x.lse + local * 4), load_shared(x.lse + local * 4 + 32)};
       if (tail || (kMask && blocks.masked(m))) {
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
           const int at = row0 + 8 * hh + p.diagonal;
-          int limit = p.t, least = -(1 << 30);
-          if (kMask && p.right >= 0) limit = min(limit, at + p.right + 1);
+          int least = -1, most = p.t - 1;
+          if (kMask && p.right >= 0) most = min(most, at + p.right);
           if (kMask && p.left >= 0) least = at - p.left - c0;
-          limit -= c0;
-#pragma unroll
-          for (int j = 0; j < N / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-              if (8 * j + e >= limit || (kMask && 8 * j + e < least))
-                st[4 * j + 2 * hh + e] = -infinity();
-          if (kScore && p.segment_q) {
-            const int mine = p.segment_q[(long long)b * p.s + min(row0 + 8 * hh, p.s - 1)];
-            const int* ids = p.segment_k + (long long)b * p.t;
-#pragma unroll
-            for (int j = 0; j < N / 8; j++)
-#pragma unroll
-              for (int e = 0; e < 2; e++)
-                if (ids[min(c0 + 8 * j + e, p.t - 1)] != mine) st[4 * j + 2 * hh + e] = -infinity();
-          }
+          mask_row(st, hh, least, most - c0);
+          if (kScore && p.segment_q)
+            mask_segment(st, hh, p.segment_q[(long long)b * p.s + min(row0 + 8 * hh, p.s - 1)],
+                         p.segment_k + (long long)b * p.t, c0, p.t);
         }
       }
       if constexpr (kScore) {  // P = exp(score - lse); what goes on to dS also has the derivative
@@ -270,15 +167,8 @@ struct WideBackward {
                   pp[4 * k + 1], pp[4 * k + 2], pp[4 * k + 3]);
       wg_wait<0>();
       pin(dp);
-      float delta[2];
-      asm volatile("ld.shared.f32 %0, [%1];"
-                   : "=f"(delta[0])
-                   : "r"(x.delta + local * 4)
-                   : "memory");
-      asm volatile("ld.shared.f32 %0, [%1];"
-                   : "=f"(delta[1])
-                   : "r"(x.delta + local * 4 + 32)
-                   : "memory");
+      const float delta[2] = {load_shared(x.delta + local * 4),
+                              load_shared(x.delta + local * 4 + 32)};
 #pragma unroll
       for (int i = 0; i < N / 4; i++)  // dS = P * (dP - delta)
         ds[i] = pack<F16>(st[2 * i] * (dp[2 * i] - delta[i % 2]),
@@ -342,25 +232,16 @@ struct WideBackward {
     // dV over V and dK over K, own half of the columns, once nobody reads them; the store clips
     // rows and columns.
     bar_sync(kBarEnd, 256);
-    auto put = [&](float (&d)[kHalf / 2], u32 buffer, float f) {
-#pragma unroll
-      for (int s = 0; s < kHalf / 16; s++)
-        stmatrix4(buffer + (cw * (kChunks / 2) + s / 4) * N * 128 + (warp * 16 + rr) * 128 +
-                      (((2 * (s % 4) + (lane >> 4)) ^ (rr & 7)) << 4),
-                  pack<F16>(d[8 * s] * f, d[8 * s + 1] * f),
-                  pack<F16>(d[8 * s + 2] * f, d[8 * s + 3] * f),
-                  pack<F16>(d[8 * s + 4] * f, d[8 * s + 5] * f),
-                  pack<F16>(d[8 * s + 6] * f, d[8 * s + 7] * f));
-    };
-    put(dv, x.v, 1.f);
-    put(dk, x.k, p.scale);
+    const u32 half = cw * (kChunks / 2) * N * 128;
+    put_rows<F16>(dv, x.v + half, N * 128, warp * 16 + rr, 1.f);
+    put_rows<F16>(dk, x.k + half, N * 128, warp * 16 + rr, p.scale);
     fence_async();
     bar_sync(kBarStore + cw, 128);
     if (elect) {
 #pragma unroll
       for (int c = cw * (kChunks / 2); c < (cw + 1) * (kChunks / 2); c++) {
-        tma_store(&mdv, x.v + c * N * 128, c * 64, n * N, g, b);
-        tma_store(&mdk, x.k + c * N * 128, c * 64, n * N, g, b);
+        tma_store(&mdv, x.v + c * N * 128, c * 64, n * N, tile.g, b);
+        tma_store(&mdk, x.k + c * N * 128, c * 64, n * N, tile.g, b);
       }
       bulk_commit();
       bulk_wait<0>();

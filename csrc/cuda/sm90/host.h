@@ -81,7 +81,7 @@ inline Problem problem(const flashjax::Problem& p) {
   x.h = static_cast<int>(p.h), x.g = static_cast<int>(p.g), x.e = static_cast<int>(p.e);
   x.left = bound(p.window_left), x.right = bound(p.window_right);
   x.diagonal = p.top_left ? 0 : x.t - x.s;
-  x.scale = p.scale, x.softcap = p.softcap;
+  x.scale = p.scale, x.softcap = p.softcap, x.inv_cap = p.softcap != 0 ? 1 / p.softcap : 0;
   x.bias = p.bias, x.bias_f32 = p.bias_dtype == DType::kF32;
   x.bias_b = p.bias_shape.stride[0], x.bias_h = p.bias_shape.stride[2];
   x.bias_s = p.bias_shape.stride[3], x.bias_t = p.bias_shape.stride[4];

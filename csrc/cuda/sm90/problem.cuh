@@ -13,7 +13,7 @@ struct Problem {
   int b, s, t, h, g, e;                      // as in params.h; all of them below 2^30
   int left, right;                           // window; -1: unbounded. At most 2^30
   int diagonal;                              // query i sits on key i + diagonal
-  float scale, softcap;                      // softcap 0: off
+  float scale, softcap, inv_cap;             // softcap 0: off; 1 / softcap
   const void* bias;                          // null: none
   long long bias_b, bias_h, bias_s, bias_t;  // its strides
   int bias_f32;                              // else in the operand dtype
@@ -72,9 +72,8 @@ template <bool F16>
 struct Scores {
   const Problem& p;
   const char* bias;
-  float slope, inv_cap;
-  DI Scores(const Problem& p, int b, int h)
-      : p(p), slope(0.f), inv_cap(p.softcap != 0.f ? 1.f / p.softcap : 0.f) {
+  float slope;
+  DI Scores(const Problem& p, int b, int h) : p(p), slope(0.f) {
     bias = (const char*)p.bias + (b * p.bias_b + h * p.bias_h) * (p.bias_f32 ? 4 : 2);
     if (p.alibi) slope = p.alibi[b * p.alibi_b + h];
   }
@@ -86,7 +85,7 @@ struct Scores {
   DI float operator()(float dot, const char* row, int i, int j, float* bend = nullptr) const {
     float x = dot * p.scale;
     if (p.softcap != 0.f) {
-      float y = tanh_ex2(x * inv_cap);
+      float y = tanh_ex2(x * p.inv_cap);
       x = p.softcap * y;
       if (bend) *bend = 1.f - y * y;
     }

@@ -152,6 +152,11 @@ DI void ldmatrix4(u32 a, u32& r0, u32& r1, u32& r2, u32& r3) {
                : "r"(a)
                : "memory");
 }
+DI float load_shared(u32 p) {
+  float a;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(a) : "r"(p) : "memory");
+  return a;
+}
 DI void load_shared2(float& a, float& b, u32 p) {
   asm volatile("ld.shared.v2.f32 {%0,%1},[%2];" : "=f"(a), "=f"(b) : "r"(p));
 }
