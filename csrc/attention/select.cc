@@ -17,7 +17,8 @@ constexpr const char* kFeatureNames[] = {"a window or causal mask",
                                          "page_table",
                                          "deterministic",
                                          "a shift of the diagonal",
-                                         "cu_seqlens"};
+                                         "cu_seqlens",
+                                         "a scale that is not positive"};
 static_assert(1u << (sizeof(kFeatureNames) / sizeof(*kFeatureNames)) == kFeatureEnd);
 
 // The rows that this build holds: FLASHJAX_BUILT_KERNELS is " id id ... ", or undefined where
@@ -134,6 +135,7 @@ Facts facts_of(Direction direction, const Problem& p) {
   add(p.batch_idx, kBatchIdx);
   add(p.page_table, kPaged);
   add(p.shift, kShift);
+  add(!(p.scale > 0), kScale);
   add(p.deterministic && direction == Direction::Backward, kDeterministic);
   return f;
 }

@@ -27,7 +27,8 @@ enum Feature : uint32_t {
   kShift = 1u << 11,
   kPackedAlike = 1u
       << 12,  // the same cu_seqlens for queries and keys, all rows used, nothing else by position
-  kFeatureEnd = 1u << 13,
+  kScale = 1u << 13,  // not positive: a maximum of scores is then not one of dot products
+  kFeatureEnd = 1u << 14,
 };
 inline constexpr uint32_t kEverything = kFeatureEnd - 1;
 inline constexpr uint32_t kInPlace =
@@ -35,7 +36,7 @@ inline constexpr uint32_t kInPlace =
 
 inline constexpr uint32_t kDense = kWindow | kSinks;  // rows of equal length
 inline constexpr uint32_t kDenseScores =
-    kDense | kSoftcap | kBias | kAlibi | kSegments | kPackedAlike;
+    kDense | kSoftcap | kBias | kAlibi | kSegments | kPackedAlike | kScale;
 
 struct Kernel {
   const char* id;

@@ -78,7 +78,7 @@ void facts() {
   const float number = 0;
   const int32_t ids = 0, others = 0;
   Problem p;
-  p.s = p.t = 16;
+  p.s = p.t = 16, p.scale = 1;
   p.window_left = p.window_right = p.max_seqlen_q = p.max_seqlen_k = -1;
   auto features = [&](auto change, Direction direction = Direction::Backward) {
     Problem changed = p;
@@ -86,6 +86,8 @@ void facts() {
     return facts_of(direction, changed).features;
   };
   CHECK(features([](Problem&) {}) == 0);
+  CHECK(features([](Problem& x) { x.scale = 0; }) == kScale);
+  CHECK(features([](Problem& x) { x.scale = -1; }) == kScale);
   CHECK(features([](Problem& x) { x.window_right = 0; }) == kWindow);
   CHECK(features([](Problem& x) { x.window_left = 3; }) == kWindow);
   CHECK(features([](Problem& x) { x.softcap = 20; }) == kSoftcap);
