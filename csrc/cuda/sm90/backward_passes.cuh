@@ -85,12 +85,15 @@ static __global__ void __launch_bounds__(256)
     backward_sinks(const PassArgs a, const float* sinks, float* dsinks, int batches) {
   __shared__ float partial[256];
   const int h = blockIdx.x, own = blockIdx.y;
-  const float sink = sinks[own * a.h + h] * kLog2E;
+  const float sink = sinks[own * a.h + h];
   float total = 0.f;
   for (int b = own * batches; b < (own + 1) * batches; b++) {
-    const long long at = ((long long)b * a.h + h) * a.rows;
-    for (int s = threadIdx.x; s < a.s; s += 256)
-      total -= ex2(sink - a.lse2[at + s]) * a.delta[at + s];
+    const long long bh = (long long)b * a.h + h;
+    for (int s = threadIdx.x; s < a.s; s += 256) {
+      const float l =
+          a.lse[bh * a.s + s];  // not lse2, which is rounded: the difference may be small
+      if (l != -infinity()) total -= ex2((sink - l) * kLog2E) * a.delta[bh * a.rows + s];
+    }
   }
   partial[threadIdx.x] = total;
   for (int i = 128; i; i /= 2) {
