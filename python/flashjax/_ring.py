@@ -114,7 +114,7 @@ def compute(call: Call, implementation: str, line: Line, operands) -> list[jax.A
     (_, s, h, _), (_, t, g, _) = at["q"].shape, at["k"].shape
     strategy = choose(call, Extents(s * line.n, t * line.n, h, g), line)
     if strategy in ("ring", "allgather"):
-        return _Parts(call, implementation, line, operands).run(strategy)
+        return _Parts(call, implementation, line, strategy, operands).run()
     return (_ulysses if strategy == "ulysses" else _whole)(call, implementation, line, operands)
 
 
@@ -226,9 +226,9 @@ class _Spot(NamedTuple):
 class _Parts:
     """Ring and allgather: the attention of this device's queries to the keys of one device after the other."""
 
-    def __init__(self, call: Call, implementation: str, line: Line, operands):
+    def __init__(self, call: Call, implementation: str, line: Line, strategy: str, operands):
         arrays = dict(zip((slot.name for slot in call.operands), operands, strict=True))
-        self.call, self.implementation, self.line = call, implementation, line
+        self.call, self.implementation, self.line, self.strategy = call, implementation, line, strategy
         self.s, self.t = arrays["q"].shape[1] * line.n, arrays["k"].shape[1] * line.n
         layout = call.attrs.sequence.layout
         self.queries, self.keys = _pieces(layout, self.s, line.n), _pieces(layout, self.t, line.n)
@@ -240,8 +240,8 @@ class _Parts:
         offset = 0 if call.attrs.top_left or self.is_packed else self.t - self.s
         self.mask = Mask(call.attrs.window_left, call.attrs.window_right, offset, "alibi_slopes" in call.names)
 
-    def run(self, strategy: str) -> list[jax.Array]:
-        route = hops(self.queries, self.keys, self.mask) if strategy == "ring" else None
+    def run(self) -> list[jax.Array]:
+        route = hops(self.queries, self.keys, self.mask) if self.strategy == "ring" else None
         if self.call.direction == FORWARD:
             return self._forward(route)
         return self._backward(route)
@@ -275,13 +275,8 @@ class _Parts:
             keys, plans, _ = self._all_at_once()
             out, lse = self._attend(plans, keys, so_far, (out, lse)) or (out, lse)
             return [out.astype(q.dtype), lse]
-        keys = {name: self.line.shift(x, route[0][0]) for name, x in self.key_side.items()} if route else {}
-        for i, (distance, plans) in enumerate(route):
-            arriving = keys
-            if i + 1 < len(route):  # the transfer does not wait for this computation, nor this for it
-                arriving = {name: self.line.shift(x, route[i + 1][0] - distance) for name, x in keys.items()}
-            so_far = self._attend(plans, keys | self._bias_of(distance), so_far, (out, lse))
-            keys = arriving
+        for _, plans, keys in self._visits(route):
+            so_far = self._attend(plans, keys, so_far, (out, lse))
         out, lse = so_far or (out, lse)
         return [out.astype(q.dtype), lse]
 
@@ -335,25 +330,26 @@ class _Parts:
             if "bias" in parts:
                 sums["bias"] = layout.reorder(parts["bias"], 4) if parts["bias"].shape[4] > 1 else parts["bias"]
         else:
-            keys = {name: line.shift(x, route[0][0]) for name, x in self.key_side.items()} if route else {}
+            # Own keys come last: gradients of the others' are on their way home while those of the own are computed.
+            route = sorted(route, key=lambda hop: hop[0] or line.n)
             travelling, at = None, 0
-            for i, (distance, plans) in enumerate(route):
-                arriving = keys
-                if i + 1 < len(route):
-                    arriving = {name: line.shift(x, route[i + 1][0] - distance) for name, x in keys.items()}
-                parts = self._gradients(plans, keys | self._bias_of(distance))
-                sums["q"] = parts["q"] if i == 0 else sums["q"] + parts["q"]
+            for distance, plans, keys in self._visits(route):
+                parts = self._gradients(plans, keys)
+                sums["q"] = parts["q"] if travelling is None else sums["q"] + parts["q"]
                 if "bias" in sums:
                     sums["bias"] = self._add_bias(sums["bias"], parts["bias"], distance)
-                if travelling is None:
-                    travelling = {name: parts[name] for name in ("k", "v")}
-                else:  # these left when their previous part was there, while this one was computed
-                    travelling = {name: line.shift(x, distance - at) + parts[name] for name, x in travelling.items()}
-                keys, at = arriving, distance
+                # What travels left when its last part was there, while this one was computed.
+                travelling = {
+                    name: parts[name]
+                    if travelling is None
+                    else line.shift(travelling[name], distance - at) + parts[name]
+                    for name in ("k", "v")
+                }
+                at = distance
             if travelling is None:
-                sums |= {name: jnp.zeros(self.key_side[name].shape, jnp.float32) for name in ("k", "v")}
-            else:
-                sums |= {name: line.shift(x, -at) for name, x in travelling.items()}
+                travelling = {name: jnp.zeros(self.key_side[name].shape, jnp.float32) for name in ("k", "v")}
+            # Complete, so that the dtype of the result will do for what may be left of the way.
+            sums |= {name: line.shift(x.astype(arrays["q"].dtype), -at) for name, x in travelling.items()}
         if "sinks" in self.call.wanted:
             sums["sinks"] = self._sinks_gradient()
         dtypes = [jnp.float32 if slot.type != "T" else arrays["q"].dtype for slot in self.call.results]
@@ -401,7 +397,19 @@ class _Parts:
         gradient = -jnp.sum(jnp.where(weight > 0, weight * delta, 0), axis=2)
         return gradient if x["sinks"].shape[0] > 1 else jnp.sum(gradient, axis=0, keepdims=True)
 
-    # What the keys of a distance need besides.
+    # The way around the ring.
+
+    def _visits(self, route):
+        """(distance, plans, keys) of each hop. The next keys are sent for before these are used."""
+        keys = self._moved(self.key_side, 0, route[0][0]) if route else {}
+        for i, (distance, plans) in enumerate(route):
+            following = self._moved(keys, distance, route[i + 1][0]) if i + 1 < len(route) else {}
+            yield distance, plans, keys | self._bias_of(distance)
+            keys = following
+
+    def _moved(self, keys, at, distance):
+        """The keys of the device `distance` places before this one, from those of the device `at` places before."""
+        return {name: self.line.shift(x, distance - at) for name, x in keys.items()} if distance else self.key_side
 
     def _bias_of(self, distance):
         bias = self.arrays.get("bias")
@@ -483,6 +491,7 @@ class _Parts:
             top_left=top_left,
             max_seqlen_q=-1,
             max_seqlen_k=-1,
+            yields=self.strategy == "ring",
             sequence=Split(),
         )
         names = tuple(name for name in in_order(arrays) if name not in ("out", "lse", "dout", "dlse"))

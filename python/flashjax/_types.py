@@ -36,5 +36,6 @@ class Attrs:
     max_seqlen_k: int = -1
     deterministic: bool = False
     num_splits: int = 0
+    yields: bool = False  # transfers want to start beside the kernel, so it shall not keep all of a device to itself
     implementation: str | None = None  # "cpu", "cuda", "reference"; None: the best for the platform. Never sent
     sequence: Split = dataclasses.field(default_factory=Split)  # never sent

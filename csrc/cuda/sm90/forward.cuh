@@ -26,7 +26,11 @@ cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStre
     const int64_t heads = heads_in_l2(ratio > 1 ? 2 * bytes : bytes) * ratio;
     a.group = static_cast<int>(heads < p.h * p.b ? heads : p.h * p.b);
   }
-  const int blocks = static_cast<int>(tiles < device.sms ? tiles : device.sms);
+  // Blocks that stay for all their tiles keep transfers from starting: then each leaves after about
+  // 16k keys.
+  const int64_t each = p.yields ? 1 + 16384 / (p.t + 1) : tiles;
+  const int64_t least = (tiles + each - 1) / each, most = tiles < device.sms ? tiles : device.sms;
+  const int blocks = static_cast<int>(least < most ? most : least);
   TMap q, k, v, o;
   cudaError_t error = tensor_map(q, p.q, p.dtype, p.b, p.s, p.h, p.d, M);
   error = cuda::first_error(error, tensor_map(k, p.t ? p.k : p.q, p.dtype, p.b, p.t, p.g, p.d, N));
