@@ -13,7 +13,7 @@ import pathlib
 import re
 import sys
 
-from bench import memory, report
+from bench import memory, report, shares
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -124,7 +124,23 @@ def memory_result() -> str:
     return result("cpu/memory.json", memory.memory_table)
 
 
+def scaling_result() -> str:
+    """The results of bench.scaling, fewest devices first."""
+    paths = sorted(RESULTS.glob("*/scaling.json"), key=lambda path: json.loads(path.read_text())["devices"])
+    parts = [f"![share of one device's rate](../{paths[-1].with_suffix('.png').relative_to(ROOT)})"] if paths else []
+    for path in paths:
+        data = json.loads(path.read_text())
+        row = data["rows"][0]
+        parts.append(
+            f"{data['devices']} x {data['device']}, {row['tokens']} tokens a device, {row['h']} heads, d = {row['d']}, "
+            f"{row['dtype']}; TFLOP/s a device, and their share of what one alone reaches:\n\n{shares.table(data)}"
+            + command(data["command"])
+        )
+    return "\n\n".join(parts)
+
+
 BLOCKS = {
+    "scaling": scaling_result,
     "support": support,
     "slots": slots,
     "cpu": lambda: result("cpu/attention.json"),

@@ -1,0 +1,81 @@
+"""Turns results of bench.scaling into tables, and a plot.
+
+    python -m bench.shares bench/results/*/scaling.json --plot bench/results/h200-x4/scaling.png
+
+The picture shows all of them, and carries their ids (see bench.report), so that `python -m docs.tables` can tell
+whether it is of the file beside it.
+"""
+
+import argparse
+import json
+import pathlib
+
+from bench import report
+
+MODES = {"fwd": "forward", "fwd+bwd": "forward and backward"}
+BASELINES = ("single", "apart")
+
+
+def by_devices(paths) -> list[dict]:
+    return sorted((json.loads(path.read_text()) for path in paths), key=lambda result: result["devices"])
+
+
+def table(result) -> str:
+    """TFLOP/s a device, and their share of what one device alone reaches."""
+    rows = {(row["mask"], row["case"], row["impl"], row["mode"]): row for row in result["rows"]}
+    impls = list(dict.fromkeys(row["impl"] for row in result["rows"]))
+    lines = []
+    for mask, case, impl in dict.fromkeys(key[:3] for key in rows):
+        cells = [rows.get((mask, case, impl, mode)) for mode in MODES]
+        name = case if len(impls) == 1 else f"{impl}, {case}"
+        lines.append([mask, name, *(f"{x['tflops']:.0f}, {100 * x['of_single']:.0f} %" if x else "" for x in cells)])
+    return report.table(["mask", "case", *MODES.values()], lines)
+
+
+def plot(results, path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(mode, mask) for mode in MODES for mask in ("full", "causal")]
+    names = [row["case"] for x in results for row in x["rows"] if row["case"] not in BASELINES]
+    names = list(dict.fromkeys(names))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels) + 1, 2.8), squeeze=False, sharey=True)
+    for axis, (mode, mask) in zip(axes[0], panels, strict=True):
+        for i, name in enumerate(names):
+            shares = {
+                result["devices"]: 100 * row["of_single"]
+                for result in results
+                for row in result["rows"]
+                if (row["mode"], row["mask"], row["case"]) == (mode, mask, name)
+            }
+            if shares:
+                axis.plot([1, *shares], [100, *shares.values()], color=f"C{i}", marker="o", markersize=4, label=name)
+        axis.set(title=f"{MODES[mode]}, {mask}", xlabel="devices", xticks=[1, *(x["devices"] for x in results)])
+        axis.set_ylim(0, 105)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, loc="lower left")
+    axes[0][0].set_ylabel("% of one device's rate")
+    figure.suptitle(results[0]["device"], fontsize=10)
+    figure.tight_layout()
+    ids = " ".join(report.digest(result) for result in results)
+    figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Comment": ids, "Software": None})
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=pathlib.Path, nargs="+")
+    parser.add_argument("--plot", type=pathlib.Path, help="a picture to write, .png")
+    args = parser.parse_args()
+    results = by_devices(args.results)
+    for result in results:
+        print(f"{result['devices']} x {result['device']}\n\n{table(result)}\n")
+    if args.plot:
+        plot(results, args.plot)
+        print(f"wrote {args.plot}")
+
+
+if __name__ == "__main__":
+    main()
