@@ -155,6 +155,11 @@ set_source_files_properties(csrc/cuda/simt/bias.cu PROPERTIES COMPILE_OPTIONS "$
 add_library(flashjax_cuda_kernels STATIC ${sources} csrc/cuda/simt/bias.cu)
 target_include_directories(flashjax_cuda_kernels PRIVATE "${CMAKE_SOURCE_DIR}/csrc" "${CMAKE_BINARY_DIR}/generated")
 target_compile_options(flashjax_cuda_kernels PRIVATE -Xfatbin=-compress-all -Xptxas=-v)
+# Random pauses at the barriers of the Hopper kernels, for tests of their order.
+option(FLASHJAX_JITTER "pause at barriers" OFF)
+if(FLASHJAX_JITTER)
+  target_compile_definitions(flashjax_cuda_kernels PRIVATE FLASHJAX_JITTER)
+endif()
 # What ptxas -v says goes to a log next to the object: csrc/cuda/check_ptxas.py reads it.
 set(launcher "${Python_EXECUTABLE}" "${CMAKE_SOURCE_DIR}/csrc/cuda/log_ptxas.py" ${CMAKE_CUDA_COMPILER_LAUNCHER})
 set_target_properties(flashjax_cuda_kernels PROPERTIES
