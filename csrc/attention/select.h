@@ -35,6 +35,9 @@ inline constexpr uint32_t kInPlace =
     kEverything & ~(kBatchIdx | kPaged);  // keys where the row says
 
 inline constexpr uint32_t kDense = kWindow | kSinks;  // rows of equal length
+inline constexpr uint32_t kInRows =
+    kDense | kSegments | kPacked | kSeqused | kShift | kPackedAlike;  // sequences of any length
+inline constexpr uint32_t kInRowsScores = kInRows | kSoftcap | kBias | kAlibi | kScale;
 inline constexpr uint32_t kDenseScores =
     kDense | kSoftcap | kBias | kAlibi | kSegments | kPackedAlike | kScale;
 

@@ -15,10 +15,11 @@ struct Device {
 
 // What a kernel was compiled for, where a family has more than one.
 enum class Variant {
-  kAny,     // all its features
-  kFull,    // every query sees every key
-  kMasked,  // windows
-  kScores,  // windows, and what changes scores: softcap, bias, alibi, segment ids
+  kAny,        // all its features
+  kFull,       // every query sees every key
+  kMasked,     // windows
+  kSequences,  // windows, sequences of any length in the rows, segment ids
+  kScores,     // these, and what changes scores: softcap, bias, alibi
 };
 
 // Enqueues the work; neither waits nor allocates.

@@ -65,10 +65,11 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
     widest = max(d, arrays["v"].shape[-1])
     if arrays["q"].dtype == jnp.float32 or widest > 256:
         return 0
+    n = arrays["cu_seqlens_q"].shape[-1] - 1 if "cu_seqlens_q" in arrays else 1
     documents = ("segment_ids_q" in arrays or "cu_seqlens_q" in arrays) * 8 * b  # the range that each tile can see
     packed = ("cu_seqlens_q" in arrays) * 4 * b * (s + arrays["k"].shape[1])  # sequences as segment ids
     if target == "flashjax_fwd":
-        return 256 + documents * -(-s // 64) + packed  # a ticket counter first
+        return 256 + b * (64 * (s // 128 + 2 * n + 1) + 16 * (n + 1))  # counters, and a plan of the tiles
     width = next(x for x in (64, 128, 256) if widest <= x)
     rows = -(-s // 128) * 128
     statistics = 4 * b * h * rows * (width + 2)  # dq in float32, and two numbers of each query

@@ -33,6 +33,12 @@ void columns() {
   CHECK(picks({fwd, bf16, 72, 72, 0}, 90, "sm90_fwd_bf16_128_full"));
   CHECK(picks({fwd, bf16, 192, 128, kWindow}, 90, "sm90_fwd_bf16_192_128"));
   CHECK(picks({bwd, bf16, 128, 128, kWindow}, 90, "sm90_bwd_bf16_128"));
+  for (Feature x : {kPacked, kSeqused, kBatchIdx, kShift, kSegments}) {
+    CHECK(picks({fwd, bf16, 64, 64, x}, 90, "sm90_fwd_bf16_64_seq"));
+    CHECK(picks({fwd, bf16, 128, 128, x | kWindow}, 90, "sm90_fwd_bf16_128_seq"));
+    CHECK(picks({fwd, DType::kF16, 256, 256, x | kSinks}, 90, "sm90_fwd_f16_256_seq"));
+    CHECK(picks({fwd, bf16, 192, 128, uint32_t{x} | kBias}, 90, "sm90_fwd_bf16_192_128_scores"));
+  }
   CHECK(picks({fwd, bf16, 128, 128, kPaged}, 90, "simt_fwd_bf16"));
   CHECK(picks({fwd, bf16, 100, 100, 0}, 90, "simt_fwd_bf16"));
   CHECK(picks({fwd, bf16, 128, 128, 0}, 80, "simt_fwd_bf16"));

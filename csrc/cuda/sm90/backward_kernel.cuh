@@ -174,7 +174,7 @@ struct Backward {
       }
       if constexpr (kScore) {  // P = exp(score - lse); what goes on to dS also has the derivative
                                // of the cap
-        const Scores<F16> score(p, b, h);
+        const Scores<F16> score(p, b, 0, h, p.diagonal);
 #pragma unroll
         for (int j = 0; j < M / 8; j++) {
           float l[2];

@@ -134,7 +134,7 @@ struct WideBackward {
       }
       if constexpr (kScore) {  // P = exp(score - lse); what goes on to dS also has the derivative
                                // of the cap
-        const Scores<F16> score(p, b, h);
+        const Scores<F16> score(p, b, 0, h, p.diagonal);
         const char* rows[2] = {score.row(row0), score.row(row0 + 8)};
 #pragma unroll
         for (int j = 0; j < N / 8; j++) {

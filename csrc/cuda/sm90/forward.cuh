@@ -1,51 +1,67 @@
 // The launch of the sm_90a forward.
 #pragma once
+#include <algorithm>
+
 #include "forward_kernel.cuh"
 #include "host.h"
-#include "segments.h"
+#include "sequences.h"
 
 namespace flashjax::sm90 {
 
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   constexpr bool kF16 = kType == DType::kF16;
-  constexpr int kOptions = forward_options(D, E, N, kVariant != cuda::Variant::kFull,
-                                           kVariant == cuda::Variant::kScores);
+  constexpr int kOptions =
+      forward_options(D, E, N, kVariant != cuda::Variant::kFull,
+                      kVariant == cuda::Variant::kSequences || kVariant == cuda::Variant::kScores,
+                      kVariant == cuda::Variant::kScores);
   using K = Forward<kF16, D, E, M, N, kOptions>;
   ForwardArgs a{};
   a.p = problem(p);
+  a.scale = p.scale * kLog2E;
   a.lse = p.lse, a.out = static_cast<u32*>(p.out);
-  const int64_t mblocks = (p.s + M - 1) / M, tiles = mblocks * p.h * p.b;
-  if (tiles == 0) return cudaSuccess;
+  const PlanShape shape{true, M, 0, 0};
+  const int64_t mblocks = K::kSpan ? plan_tiles(p, shape) : p.b * ((p.s + M - 1) / M);
+  const int64_t tiles = mblocks * p.h;
+  if (p.b * p.s * p.h == 0) return cudaSuccess;
   if (tiles > INT32_MAX || p.s >= 1 << 29 || p.t >= 1 << 29) return cudaErrorInvalidConfiguration;
-  a.mblocks = static_cast<int>(mblocks), a.tiles = static_cast<int>(tiles);
+  a.mblocks = static_cast<int>((p.s + M - 1) / M), a.tiles = static_cast<int>(tiles);
   a.group = 1, a.ratio = static_cast<int>(p.h / p.g);
+  const int64_t longest = p.max_seqlen_k < 0 ? p.t : std::min(p.t, p.max_seqlen_k);
   if (K::kMask) {
     // Measured: at d = 256 twice as many heads were better, and with shared key heads half as many.
-    const int64_t ratio = p.h / p.g, bytes = p.t * (p.d + p.e) * (D == 256 ? 1 : 2);
+    const int64_t ratio = p.h / p.g, bytes = longest * (p.d + p.e) * (D == 256 ? 1 : 2);
     const int64_t heads = heads_in_l2(ratio > 1 ? 2 * bytes : bytes) * ratio;
-    a.group = static_cast<int>(heads < p.h * p.b ? heads : p.h * p.b);
+    a.group = static_cast<int>(std::min(heads, K::kSpan ? p.h : p.h * p.b));
   }
   // Blocks that stay for all their tiles keep transfers from starting: then each leaves after about
   // 16k keys.
-  const int64_t each = p.yields ? 1 + 16384 / (p.t + 1) : tiles;
+  const int64_t each = p.yields ? 1 + 16384 / (longest + 1) : tiles;
   const int64_t least = (tiles + each - 1) / each, most = tiles < device.sms ? tiles : device.sms;
   const int blocks = static_cast<int>(least < most ? most : least);
+  auto map = [&](TMap& x, const void* data, int64_t b, int64_t rows, int64_t heads, int64_t width,
+                 int box) {
+    return K::kSpan ? sequence_map(x, data, p.dtype, b, rows, heads, width, box)
+                    : tensor_map(x, data, p.dtype, b, rows, heads, width, box);
+  };
   TMap q, k, v, o;
-  cudaError_t error = tensor_map(q, p.q, p.dtype, p.b, p.s, p.h, p.d, M);
-  error = cuda::first_error(error, tensor_map(k, p.t ? p.k : p.q, p.dtype, p.b, p.t, p.g, p.d, N));
-  error = cuda::first_error(error, tensor_map(v, p.t ? p.v : p.q, p.dtype, p.b, p.t, p.g, p.e, N));
-  error = cuda::first_error(error, tensor_map(o, p.out, p.dtype, p.b, p.s, p.h, p.e, 64));
+  cudaError_t error = map(q, p.q, p.b, p.s, p.h, p.d, M);
+  error = cuda::first_error(error, map(k, p.t ? p.k : p.q, p.c, p.t, p.g, p.d, N));
+  error = cuda::first_error(error, map(v, p.t ? p.v : p.q, p.c, p.t, p.g, p.e, N));
+  error = cuda::first_error(error, map(o, p.out, p.b, p.s, p.h, p.e, 64));
   if (error != cudaSuccess) return error;
-  if (K::kDyn && tiles > blocks && p.workspace_bytes >= 4) {
+  if constexpr (K::kSpan) {
+    if (p.workspace_bytes < plan_bytes(p, shape)) return cudaErrorInvalidValue;
+    // Chunks of sequences whose keys, of the heads of a section, fit in the L2 like one long one.
+    const int64_t heads = (a.group + a.ratio - 1) / a.ratio;
+    const int64_t chunk = (int64_t{32} << 20) / (heads * (p.d + p.e) * 2);
+    Plan plan;
+    error = plan_sequences(p, {true, M, chunk, 0}, p.workspace, plan, stream);
+    if (error != cudaSuccess) return error;
+    a.ticket = plan.ticket, a.spans = plan.spans, a.count = plan.count;
+  } else if (K::kDyn && tiles > blocks && p.workspace_bytes >= 4) {
     a.ticket = static_cast<int*>(p.workspace);
     if ((error = cudaMemsetAsync(a.ticket, 0, 4, stream)) != cudaSuccess) return error;
-  }
-  if (K::kScore && p.workspace_bytes >= 256 + segments_bytes(p, mblocks)) {
-    error = segments(a.p, p, M, static_cast<char*>(p.workspace) + 256, true, stream);
-    if (error != cudaSuccess) return error;
-  } else if (p.cu_seqlens_q) {
-    return cudaErrorInvalidValue;  // the workspace is too small
   }
   auto kernel = forward_kernel<kF16, D, E, M, N, kOptions>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem);

@@ -12,7 +12,10 @@ struct ForwardArgs {
   u32* out;                   // pairs of 16-bit values; used only for rows of tiles that see no key
   int mblocks, tiles, group;  // query blocks of a head; tiles in all; heads of an L2 section
   int ratio;                  // query heads of a key head
+  float scale;                // p.scale * log2(e)
   int* ticket;                // zeroed; null: tiles go round
+  const Span* spans;          // of sequences: the tiles, in order, and how many there are
+  const int* count;
 };
 
 // How a kernel is made. What each option is worth is in docs/kernels/sm90-forward.md.
@@ -23,12 +26,13 @@ enum : int {
   kTickets = 8,   // tiles are drawn, not dealt
   kLateV = 16,    // wait for V just before PV is issued
   kMasks = 32,    // windows (else every pair is visible but for the tail of the keys)
-  kScores = 64,   // softcap, bias, alibi, segment ids
+  kSpans = 64,    // sequences in the rows, and segment ids
+  kScores = 128,  // softcap, bias, alibi
 };
 
 // What was best for a head dim and a kind of problem.
-constexpr int forward_options(int d, int e, int n, bool masks, bool scores) {
-  int x = (masks ? kMasks | kTickets : 0) | (scores ? kScores : 0);
+constexpr int forward_options(int d, int e, int n, bool masks, bool spans, bool scores) {
+  int x = (masks ? kMasks | kTickets : 0) | (spans ? kSpans : 0) | (scores ? kScores : 0);
   if (e <= 128) x |= kOwnOut;
   if (!scores && (masks ? d != 64 : d <= 128)) x |= kLateV;
   if (d == 128 && n == 128 && !scores) x |= kQInRegs;
@@ -45,43 +49,85 @@ struct Forward {
   static constexpr bool kPP = kOptions & kPingPong, kSepO = kOptions & kOwnOut,
                         kQReg = kOptions & kQInRegs, kDyn = kOptions & kTickets,
                         kVLate = kOptions & kLateV, kMask = kOptions & kMasks,
-                        kScore = kOptions & kScores;
+                        kSpan = kOptions & kSpans, kScore = kOptions & kScores;
   static constexpr int kChunks = N / 8;  // of 8 columns of S
   static constexpr int kLag = 2;  // chunks between an exponential and its addition to the row sum
   static constexpr int kSmem =
-      kQBytes + (kSepO ? kOBytes : 0) + kStages * (kKBytes + kVBytes) + 256 + 1024;
+      kQBytes + (kSepO ? kOBytes : 0) + kStages * (kKBytes + kVBytes) + 384 + 1024;
+  static constexpr int kSlot = 80;                 // a tile's Span and Blocks, or its number
   static constexpr int kBarTurn = 1, kBarOut = 4;  // named barriers, one a warpgroup
   static_assert(kSepO || E <= D);
+  static_assert(!kSpan || (kDyn && kMask));
 
   // Shared memory from an aligned base: q, k, v stages[, out], barriers.
   struct Layout {
     u32 q, k, v, o;
-    u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, t_full, t_empty, tickets, v_raw,
-        raw_block;
+    u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, t_full, t_empty, tickets;
     DI explicit Layout(u32 base) {
       q = base, k = q + kQBytes, v = k + kStages * kKBytes, o = kSepO ? v + kStages * kVBytes : q;
-      u32 end = v + kStages * kVBytes + (kSepO ? kOBytes : 0);
-      q_full = end, q_empty = end + 8, k_full = end + 16, k_empty = k_full + 8 * kStages;
+      tickets = v + kStages * kVBytes + (kSepO ? kOBytes : 0);
+      q_full = tickets + 2 * kSlot, q_empty = q_full + 8, k_full = q_full + 16,
+      k_empty = k_full + 8 * kStages;
       v_full = k_empty + 8 * kStages, v_empty = v_full + 8 * kStages;
-      t_full = v_empty + 8 * kStages, t_empty = t_full + 16, tickets = t_empty + 16;
-      v_raw = tickets + 8, raw_block = v_raw + 8 * kStages;
+      t_full = v_empty + 8 * kStages, t_empty = t_full + 16;
     }
   };
 
+  // A tile, and where its rows are: in rows of one length by its number, else in its Span, which
+  // lies in shared memory, for registers are short.
   struct Tile {
-    int m, h, b;
+    int m, row, of;  // of dense rows: tile of a head, row of the batch, head
+    u32 span;
     DI Tile(const ForwardArgs& a, int t) {
       int per = a.group * a.mblocks, section = t / per, r = t - section * per;
       int g = min(a.group, a.p.b * a.p.h - section * a.group);
       int x = r / g, bh = section * a.group + r - x * g;
       m = kMask ? a.mblocks - 1 - x : x;  // the longest first
-      b = bh / a.p.h;
-      h = bh - b * a.p.h;
+      row = bh / a.p.h;
+      of = bh - row * a.p.h;
     }
-    DI Blocks blocks(const ForwardArgs& a) const {
-      const int* near = kScore && a.p.near ? a.p.near + 2 * (b * a.mblocks + m) : nullptr;
-      return key_blocks<N>(a.p, m * M, min(m * M + M, a.p.s), near);
+    DI explicit Tile(u32 span) : span(span) {}
+#define SPAN(name, dense)                                                        \
+  DI int name(const Problem& p) const {                                          \
+    if constexpr (kSpan) return load_int(span + __builtin_offsetof(Span, name)); \
+    return dense;                                                                \
+  }
+    SPAN(first, m* M)
+    SPAN(b, row)
+    SPAN(head, of)
+    SPAN(n, 0)
+    SPAN(q_len, p.s)
+    SPAN(k_len, p.t)
+    SPAN(q_end, (row + 1) * p.s)
+    SPAN(k_end, (row + 1) * p.t)
+    SPAN(k_begin, 0)
+    SPAN(diagonal, p.diagonal)
+    SPAN(begin, 0)
+    SPAN(end, p.t)
+    SPAN(compare, 0)
+#undef SPAN
+    // As publish() left them, for rows of sequences: those that need no mask stay there.
+    DI Blocks blocks(const Problem& p) const {
+      if constexpr (kSpan) {
+        Blocks x{};
+        load_int2(x.begin, x.end, span + sizeof(Span));
+        return x;
+      }
+      return key_blocks<N>(p, p.diagonal, m * M, min(m * M + M, p.s), 0, p.t);
     }
+    DI bool masked(const Blocks& x, int n) const {
+      if constexpr (kSpan) {
+        Blocks y;
+        load_int2(y.clear_begin, y.clear_end, span + sizeof(Span) + 8);
+        return y.masked(n);
+      }
+      return x.masked(n);
+    }
+    // The coordinates of query i, and of key j, in the maps: b, or a sequence's end.
+    DI int q_row(const Problem& p, int i) const { return kSpan ? p.s - q_len(p) + i : i; }
+    DI int k_row(const Problem& p, int j) const { return kSpan ? p.t - k_len(p) + j : j; }
+    DI int q_box(const Problem& p) const { return kSpan ? q_end(p) : row; }
+    DI int k_box(const Problem& p) const { return kSpan ? k_end(p) : row; }
   };
 
   static DI void run(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mo,
@@ -96,7 +142,6 @@ struct Forward {
       for (int i = 0; i < kStages; i++) {
         mb_init(x.k_full + 8 * i, 1), mb_init(x.k_empty + 8 * i, kGroups);
         mb_init(x.v_full + 8 * i, 1), mb_init(x.v_empty + 8 * i, kGroups);
-        mb_init(x.v_raw + 8 * i, 1);
       }
       for (int i = 0; i < 2; i++)
         mb_init(x.t_full + 8 * i, 1), mb_init(x.t_empty + 8 * i, 4 * kGroups);
@@ -106,11 +151,7 @@ struct Forward {
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
-      const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
-      if (threadIdx.x == 0)
-        produce(mq, mk, mv, a, x);
-      else if (kScore && warp == 1 && a.p.packed)
-        clean(a.p, x);
+      if (threadIdx.x == 0) produce(mq, mk, mv, a, x);
     } else {
       reg_inc<kConsumerRegs>();
       consume(mo, a, wg - 1, x);
@@ -122,96 +163,90 @@ struct Forward {
     prefetch_map(&mq), prefetch_map(&mk), prefetch_map(&mv);
     int it = 0, w = 0, round = 0;
     int t = blockIdx.x;
-    auto load_k = [&](int n, int i, int h, int b) {
+    const int spans = kSpan ? *a.count : 0, tiles = kSpan ? spans * a.p.h : a.tiles;
+    auto load_k = [&](int i, int row, int h, int box) {
       int st = i % kStages;
       mb_wait(x.k_empty + 8 * st, ((i / kStages) & 1) ^ 1);
       mb_expect(x.k_full + 8 * st, kKBytes);
 #pragma unroll
       for (int c = 0; c < D / 64; c++)
-        tma_load(x.k + st * kKBytes + c * N * 128, &mk, x.k_full + 8 * st, c * 64, n * N, h, b,
+        tma_load(x.k + st * kKBytes + c * N * 128, &mk, x.k_full + 8 * st, c * 64, row, h, box,
                  kEvictLast);
     };
-    auto load_v = [&](int n, int i, int h, int b) {
+    auto load_v = [&](int i, int row, int h, int box) {
       int st = i % kStages;
       mb_wait(x.v_empty + 8 * st, ((i / kStages) & 1) ^ 1);
-      u32 full = x.v_full + 8 * st;
-      if constexpr (kScore) {
-        if (a.p.packed) full = x.v_raw + 8 * st, store_shared2(x.raw_block + 8 * st, b, n);
-      }
-      mb_expect(full, kVBytes);
+      mb_expect(x.v_full + 8 * st, kVBytes);
 #pragma unroll
       for (int c = 0; c < E / 64; c++)
-        tma_load(x.v + st * kVBytes + c * N * 128, &mv, full, c * 64, n * N, h, b, kEvictLast);
+        tma_load(x.v + st * kVBytes + c * N * 128, &mv, x.v_full + 8 * st, c * 64, row, h, box,
+                 kEvictLast);
     };
 #pragma unroll 1
     while (true) {
       int next = t + gridDim.x;
+      const int slot = round & 1;
       if constexpr (kDyn) {  // publish this tile, draw the next ticket early
-        int slot = round & 1;
         mb_wait(x.t_empty + 8 * slot, ((round >> 1) & 1) ^ 1);
-        asm volatile("st.shared.s32 [%0], %1;" ::"r"(x.tickets + 4 * slot), "r"(t) : "memory");
+        if constexpr (kSpan)
+          publish(a, x.tickets + kSlot * slot, t, tiles, spans);
+        else
+          store_int(x.tickets + kSlot * slot, t);
         mb_arrive(x.t_full + 8 * slot);
         round++;
-        if (t >= a.tiles) break;
+        if (t >= tiles) break;
         if (a.ticket) next = gridDim.x + atomicAdd(a.ticket, 1);
-      } else if (t >= a.tiles) {
+      } else if (t >= tiles) {
         break;
       }
-      const Tile tile(a, t);
-      const Blocks n = tile.blocks(a);
-      const int hk = tile.h / a.ratio;
+      const Tile tile = tile_of(a, x.tickets, slot, t);
+      const Blocks n = tile.blocks(a.p);
+      const int hk = tile.head(a.p) / a.ratio, k0 = tile.k_row(a.p, 0), box = tile.k_box(a.p);
       t = next;
       if (n.begin >= n.end) continue;
-      load_k(n.end - 1, it, hk, tile.b);
+      load_k(it, k0 + (n.end - 1) * N, hk, box);
       mb_wait(x.q_empty, (w & 1) ^ 1);
       w++;
       mb_expect(x.q_full, kQBytes);
 #pragma unroll
       for (int c = 0; c < D / 64; c++)
-        tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, tile.m * M, tile.h, tile.b, kEvictFirst);
+        tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, tile.q_row(a.p, tile.first(a.p)),
+                 tile.head(a.p), tile.q_box(a.p), kEvictFirst);
 #pragma unroll 1
       for (int j = n.end - 2; j >= n.begin; j--, it++) {
-        load_k(j, it + 1, hk, tile.b);
-        load_v(j + 1, it, hk, tile.b);
+        load_k(it + 1, k0 + j * N, hk, box);
+        load_v(it, k0 + (j + 1) * N, hk, box);
       }
-      load_v(n.begin, it++, hk, tile.b);
-    }
-    if constexpr (kScore) {
-      if (a.p.packed) {  // the end, for clean()
-        int st = it % kStages;
-        mb_wait(x.v_empty + 8 * st, ((it / kStages) & 1) ^ 1);
-        store_shared2(x.raw_block + 8 * st, 0, -1);
-        mb_arrive(x.v_raw + 8 * st);
-      }
+      load_v(it++, k0 + n.begin * N, hk, box);
     }
   }
 
-  // Between the landing of V and its use: rows of no sequence become 0, for their P is 0, and 0 *
-  // NaN is NaN.
-  static DI void clean(const Problem& p, const Layout& x) {
-    const int lane = threadIdx.x & 31;
-    int st = 0, ph = 0;
-#pragma unroll 1
-    while (true) {
-      mb_wait(x.v_raw + 8 * st, ph);
-      int b, n;
-      asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];"
-                   : "=r"(b), "=r"(n)
-                   : "r"(x.raw_block + 8 * st)
-                   : "memory");
-      if (n < 0) break;
-#pragma unroll 1
-      for (int r0 = 0; r0 < N; r0 += 32) {
-        const int key = n * N + r0 + lane;
-        const bool dead =
-            r0 + lane < N && key < p.t && p.segment_k[(long long)b * p.t + key] == kNoKey;
-        clear_rows<E / 64>(x.v + st * kVBytes, N, r0, __ballot_sync(~0u, dead));
-      }
-      fence_async();
-      __syncwarp();
-      if (lane == 0) mb_arrive(x.v_full + 8 * st);
-      if (++st == kStages) st = 0, ph ^= 1;
+  static DI Tile tile_of(const ForwardArgs& a, u32 tickets, int slot, int t) {
+    if constexpr (kSpan)
+      return Tile(tickets + kSlot * slot);
+    else
+      return Tile(a, t);
+  }
+
+  // The Span of tile t, with its head, to shared memory. Sections of heads, as with rows of one
+  // length, go through all spans.
+  static DI void publish(const ForwardArgs& a, u32 to, int t, int tiles, int spans) {
+    if (t >= tiles) {
+      store_int(to + __builtin_offsetof(Span, head), -1);
+      return;
     }
+    const int per = a.group * spans, section = t / per, r = t - section * per;
+    const int g = min(a.group, a.p.h - section * a.group), n = r / g;
+    const int4* from = (const int4*)(a.spans + n);
+#pragma unroll 1
+    for (int i = 0; i < 4; i++) store_int4(to + 16 * i, from[i]);
+    store_int(to + __builtin_offsetof(Span, head), section * a.group + r - n * g);
+    const Tile x(to);
+    const int i0 = x.first(a.p);
+    Blocks y = key_blocks<N>(a.p, x.diagonal(a.p), i0, min(i0 + M, x.q_len(a.p)), x.begin(a.p),
+                             x.end(a.p));
+    if (x.compare(a.p)) y.clear_end = 0;
+    store_int4(to + sizeof(Span), make_int4(y.begin, y.end, y.clear_begin, y.clear_end));
   }
 
   // Maximum of a and of row hh of S. With fast, a three-input integer maximum, half the
@@ -234,15 +269,47 @@ struct Forward {
     return a;
   }
 
+  // Pairs of two segments become -inf. Each warp looks first whether its rows and the block's keys
+  // have but one id, all together.
+  static DI void mask_segments(const Problem& p, const Tile& tile, float (&s)[N / 2], int row0,
+                               int n) {
+    const int lane = threadIdx.x & 31;
+    int mine[2], ids[(N + 31) / 32];  // of keys lane, lane + 32, ...
+    {
+      const int q_len = tile.q_len(p), last = tile.k_len(p) - 1;
+      const int* queries = p.segment_q + (tile.q_end(p) - q_len);
+      mine[0] = queries[min(row0, q_len - 1)], mine[1] = queries[min(row0 + 8, q_len - 1)];
+      const int* keys = p.segment_k + (long long)tile.b(p) * p.t + tile.k_begin(p);
+#pragma unroll
+      for (int i = 0; i < (N + 31) / 32; i++) ids[i] = keys[min(n * N + 32 * i + lane, last)];
+    }
+    int least = ids[0], greatest = ids[0];
+#pragma unroll
+    for (int i = 1; i < N / 32; i++) least = min(least, ids[i]), greatest = max(greatest, ids[i]);
+    least = min(least, ids[(N - 1) / 32]), greatest = max(greatest, ids[(N - 1) / 32]);
+    const bool one = __all_sync(~0u, least == mine[0] && least == mine[1] && greatest == least) &&
+                     __reduce_min_sync(~0u, least) == __reduce_max_sync(~0u, least);
+    if (one) return;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const int id = __shfl_sync(~0u, ids[j / 4], 8 * (j % 4) + 2 * (lane & 3) + e);
+        if (id != mine[0]) s[4 * j + e] = -infinity();
+        if (id != mine[1]) s[4 * j + 2 + e] = -infinity();
+      }
+    }
+  }
+
   static DI void consume(const TMap& mo, const ForwardArgs& a, int cw, const Layout& x) {
     const Problem& p = a.p;
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
     const bool elect = (threadIdx.x & 127) == 0;
-    const float c = kScore ? kLog2E : p.scale * kLog2E;  // from what S holds to log2 units
+    const float c = kScore ? kLog2E : a.scale;  // from what S holds to log2 units
     float o[E / 2], s[N / 2], mx[2], sum[2], sc[2];
     u32 pb[N / 4], qf[kQReg ? D / 4 : 1];
     const u32 dq = desc_lo(x.q + cw * 8192, 16), dk = desc_lo(x.k, 16), dv = desc_lo(x.v, N * 128);
-    int st = 0, ph = 0, w = 0, round = 0;  // st, ph: stage and parity of the newest K block
+    int st = 0, ph = 0, round = 0;  // st, ph: stage and parity of the newest K block
     if (kPP && cw == 0) bar_arrive(kBarTurn, 256);
 
     auto issue_qk = [&](int st) {
@@ -270,39 +337,59 @@ struct Forward {
     int t = blockIdx.x;
 #pragma unroll 1
     while (true) {
+      const int slot = round & 1;
       if constexpr (kDyn) {
-        int slot = round & 1;
         mb_wait(x.t_full + 8 * slot, (round >> 1) & 1);
-        asm volatile("ld.shared.s32 %0, [%1];" : "=r"(t) : "r"(x.tickets + 4 * slot) : "memory");
-        t = __shfl_sync(~0u, t, 0);
-        if (lane == 0) mb_arrive(x.t_empty + 8 * slot);
-        round++;
-      }
-      if (t >= a.tiles) break;
-      const Tile tile(a, t);
-      t += gridDim.x;
-      const Blocks blocks = tile.blocks(a);
-      int n = blocks.end - 1;
-      const int row0 =
-          tile.m * M + cw * 64 + warp * 16 + (lane >> 2);  // this thread's rows: row0 and row0 + 8
-      float* lse = a.lse + ((long long)tile.b * p.h + tile.h) * p.s;
-      const float sink = p.sinks ? p.sinks[tile.b * p.sinks_b + tile.h] * kLog2E : -infinity();
-      if (blocks.begin >= blocks.end) {  // no key for any row of the tile
-        for (int i = threadIdx.x & 127; i < 64 * p.e / 2; i += 128) {
-          int row = tile.m * M + cw * 64 + i / (p.e / 2);
-          if (row < p.s)
-            a.out[(((long long)tile.b * p.s + row) * p.h + tile.h) * (p.e / 2) + i % (p.e / 2)] = 0;
+        if constexpr (kSpan) {
+          if (__shfl_sync(~0u, load_int(x.tickets + kSlot * slot + __builtin_offsetof(Span, head)),
+                          0) < 0)
+            break;
+        } else {
+          t = __shfl_sync(~0u, load_int(x.tickets + kSlot * slot), 0);
+          if (lane == 0) mb_arrive(x.t_empty + 8 * slot);
         }
-        for (int hh = 0; hh < 2; hh++)
-          if ((lane & 3) == 0 && row0 + 8 * hh < p.s) lse[row0 + 8 * hh] = sink * kLn2;
+        round = (round & 4) | ((round + 1) & 3);
+      }
+      if (!kSpan && t >= a.tiles) break;
+      const Tile tile = tile_of(a, x.tickets, slot, t);
+      t += gridDim.x;
+      auto done = [&]() {  // nobody of this warp reads the Span any more
+        if constexpr (kSpan) {
+          __syncwarp();
+          if (lane == 0) mb_arrive(x.t_empty + 8 * slot);
+        }
+      };
+      const Blocks blocks = tile.blocks(p);
+      int n = blocks.end - 1;
+      // This thread's rows: row() and row() + 8.
+      auto row = [&]() { return tile.first(p) + ((int)threadIdx.x - 128) / 32 * 16 + (lane >> 2); };
+      const float sink = p.sinks && tile.n(p) >= 0
+                             ? p.sinks[tile.b(p) * p.sinks_b + tile.head(p)] * kLog2E
+                             : -infinity();
+      auto put_lse = [&](int row, float value) {
+        const int q_len = tile.q_len(p), in_row = tile.q_end(p) - q_len - tile.b(p) * p.s + row;
+        if ((lane & 3) == 0 && row < q_len)
+          a.lse[((long long)tile.b(p) * p.h + tile.head(p)) * p.s + in_row] = value;
+      };
+      if (blocks.begin >= blocks.end) {  // no key for any row of the tile
+        const int q_len = tile.q_len(p), q_begin = tile.q_end(p) - q_len;
+        for (int i = threadIdx.x & 127; i < 64 * p.e / 2; i += 128) {
+          const int at = tile.first(p) + cw * 64 + i / (p.e / 2);
+          if (at < q_len)
+            a.out[((long long)(q_begin + at) * p.h + tile.head(p)) * (p.e / 2) + i % (p.e / 2)] = 0;
+        }
+        for (int hh = 0; hh < 2; hh++) put_lse(row() + 8 * hh, sink * kLn2);
+        done();
         continue;
       }
       auto mask = [&](int n) {
         const int c0 = n * N + 2 * (lane & 3);
+        const int row0 = row(), diagonal = tile.diagonal(p), begin = tile.begin(p),
+                  end = tile.end(p);
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
-          const int at = row0 + 8 * hh + p.diagonal;
-          int limit = p.t;
+          const int at = row0 + 8 * hh + diagonal;
+          int limit = end;
           if (kMask && p.right >= 0) limit = min(limit, at + p.right + 1);
           limit -= c0;
 #pragma unroll
@@ -310,28 +397,24 @@ struct Forward {
 #pragma unroll
             for (int e = 0; e < 2; e++)
               if (8 * j + e >= limit) s[4 * j + 2 * hh + e] = -infinity();
-          if (kMask && p.left >= 0) {
-            const int least = at - p.left - c0;
+          if (kMask && (p.left >= 0 || n * N < begin)) {
+            const int least = (p.left >= 0 ? max(begin, at - p.left) : begin) - c0;
 #pragma unroll
             for (int j = 0; j < N / 8; j++)
 #pragma unroll
               for (int e = 0; e < 2; e++)
                 if (8 * j + e < least) s[4 * j + 2 * hh + e] = -infinity();
           }
-          if (kScore && p.segment_q) {
-            const int mine = p.segment_q[(long long)tile.b * p.s + min(row0 + 8 * hh, p.s - 1)];
-            const int* ids = p.segment_k + (long long)tile.b * p.t;
-#pragma unroll
-            for (int j = 0; j < N / 8; j++)
-#pragma unroll
-              for (int e = 0; e < 2; e++)
-                if (ids[min(c0 + 8 * j + e, p.t - 1)] != mine) s[4 * j + 2 * hh + e] = -infinity();
-          }
+        }
+        if (kSpan && tile.compare(p)) {
+          wg_wait<0>();
+          mask_segments(p, tile, s, row0, n);
         }
       };
       auto transform = [&](int n) {  // what S holds, to the score in natural units
         if constexpr (kScore) {
-          const Scores<F16> score(p, tile.b, tile.h);
+          const Scores<F16> score(p, tile.b(p), tile.n(p), tile.head(p), tile.diagonal(p));
+          const int row0 = row();
           const char* rows[2] = {score.row(row0), score.row(row0 + 8)};
 #pragma unroll
           for (int j = 0; j < N / 8; j++) {
@@ -391,8 +474,8 @@ struct Forward {
           o[4 * j] *= sc[0], o[4 * j + 1] *= sc[0], o[4 * j + 2] *= sc[1], o[4 * j + 3] *= sc[1];
       };
 
-      mb_wait(x.q_full, w & 1);
-      w++;
+      mb_wait(x.q_full, (round >> 2) & 1);
+      round ^= 4;
       if constexpr (kQReg) {
         int rr = (lane & 7) + ((lane >> 3) & 1) * 8;
         u32 ro = x.q + (cw * 64 + warp * 16 + rr) * 128;
@@ -408,7 +491,8 @@ struct Forward {
       }
       if (kMask && !kPP && p.right >= 0) {
         // Blocks that only later rows of the tile see: they are handed straight back.
-        const int end = (min(tile.m * M + (cw + 1) * 64, p.s) + p.diagonal + p.right + N - 1) / N;
+        const int last = min(tile.first(p) + (cw + 1) * 64, tile.q_len(p));
+        const int end = (last + tile.diagonal(p) + p.right + N - 1) / N;
 #pragma unroll 1
         for (; n >= max(end, blocks.begin + 1); n--) {
           mb_wait(x.k_full + 8 * st, ph);
@@ -428,7 +512,7 @@ struct Forward {
       pin(s);
       if (elect) mb_arrive(x.k_empty + 8 * st);
       transform(n);
-      if (blocks.masked(n)) mask(n);
+      if (tile.masked(blocks, n)) mask(n);
       update_max(true);
       exponentials();
       if (!kVLate) mb_wait(x.v_full + 8 * st, ph);
@@ -453,7 +537,7 @@ struct Forward {
         pin(s);
         if (elect) mb_arrive(x.k_empty + 8 * st);
         transform(n);
-        if (kMask && blocks.masked(n)) mask(n);
+        if (kMask && tile.masked(blocks, n)) mask(n);
         update_max(false);
         exponentials();
         if (kVLate)
@@ -491,8 +575,7 @@ struct Forward {
           }
         }
         inv[hh] = r > 0.f ? keep / r : r;  // a NaN stays one
-        int row = row0 + 8 * hh;
-        if ((lane & 3) == 0 && row < p.s) lse[row] = r == 0.f ? -infinity() : (top + lg2(r)) * kLn2;
+        put_lse(row() + 8 * hh, r == 0.f ? -infinity() : (top + lg2(r)) * kLn2);
       }
       if constexpr (kSepO) {  // the previous tile's out must have left its buffer
         if (elect) bulk_wait_read<0>();
@@ -518,11 +601,13 @@ struct Forward {
       if (elect) {
 #pragma unroll
         for (int k = 0; k < E / 64; k++)
-          tma_store(&mo, x.o + k * M * 128 + cw * 8192, k * 64, tile.m * M + cw * 64, tile.h,
-                    tile.b);
+          tma_store(&mo, x.o + k * M * 128 + cw * 8192, k * 64,
+                    tile.q_row(p, tile.first(p) + ((int)(threadIdx.x >> 7) - 1) * 64), tile.head(p),
+                    tile.q_box(p));
         bulk_commit();
         if constexpr (!kSepO) bulk_wait_read<0>(), mb_arrive(x.q_empty);
       }
+      done();
     }
     if (elect) bulk_wait<0>();
   }

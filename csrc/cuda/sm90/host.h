@@ -64,6 +64,19 @@ inline cudaError_t tensor_map(TMap& map, const void* data, DType dtype, int64_t 
       promotion);
 }
 
+// The same array for boxes that end where a sequence of its rows ends, of at most `rows` rows each:
+// by (column, rows - length + i, head, end), where row i of the sequence is number end - length + i
+// over [b, rows]. So i is past the end of the second dimension where it is past that of the
+// sequence: it is read as zeros, and not written. The map begins `rows` rows before the array,
+// which no coordinate of a sequence reaches.
+inline cudaError_t sequence_map(TMap& map, const void* data, DType dtype, int64_t b, int64_t rows,
+                                int64_t heads, int64_t width, int box, int promotion = 256) {
+  const int64_t row = heads * width;
+  return tensor_map(map, static_cast<const char*>(data) - rows * row * 2, dtype,
+                    {{width, rows, heads, b * rows + 1}, {row, width, row}, {64, box, 1, 1}},
+                    promotion);
+}
+
 // Where the keys of a problem lie, for tiles of `tile` keys.
 inline Pages pages(const flashjax::Problem& p, int tile) {
   Pages x{};
@@ -83,11 +96,16 @@ inline Problem problem(const flashjax::Problem& p) {
   x.diagonal = p.top_left ? 0 : x.t - x.s;
   x.scale = p.scale, x.softcap = p.softcap, x.inv_cap = p.softcap != 0 ? 1 / p.softcap : 0;
   x.bias = p.bias, x.bias_f32 = p.bias_dtype == DType::kF32;
-  x.bias_b = p.bias_shape.stride[0], x.bias_h = p.bias_shape.stride[2];
-  x.bias_s = p.bias_shape.stride[3], x.bias_t = p.bias_shape.stride[4];
+  const auto& stride = p.bias_shape.stride;
+  x.bias_b = stride[0], x.bias_n = stride[1], x.bias_h = stride[2];
+  x.bias_s = stride[3], x.bias_t = stride[4];
+  x.bias_queries = static_cast<int>(p.bias_shape.dim[3]);
+  x.bias_keys = static_cast<int>(p.bias_shape.dim[4]);
   x.alibi = p.alibi_slopes, x.alibi_b = p.alibi_shape.stride[0];
   x.sinks = p.sinks, x.sinks_b = p.sinks_shape.stride[0];
   x.segment_q = p.segment_ids_q, x.segment_k = p.segment_ids_k;
+  x.page_table = p.page_table;
+  x.pages = static_cast<int>(p.p), x.page = static_cast<int>(p.page);
   return x;
 }
 

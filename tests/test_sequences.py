@@ -1,0 +1,82 @@
+"""Random sequences of many lengths in one row, long enough for several tiles each, by the compiled kernels.
+
+Gaps, unused tails, empty sequences and NaN outside of all of them come with each; options are drawn too.
+"""
+
+import numpy as np
+import pytest
+
+import oracle
+from cases import Case, cotangents
+from conftest import ON_GPU
+from harness import differentiated, function, to_device
+
+
+def _offsets(random, lengths, gaps):
+    """cu_seqlens cannot leave room between sequences: a gap before the first, the rest is unused tails."""
+    room = lengths + (random.integers(0, 90, len(lengths)) if gaps else 0)
+    return tuple(int(x) for x in np.concatenate([[0], np.cumsum(room)]) + (random.integers(0, 70) if gaps else 0))
+
+
+def _case(seed: int) -> Case:
+    random = np.random.default_rng(seed)
+    n = int(random.integers(1, 12))
+    longest = int(random.choice([40, 200, 600] if ON_GPU else [20, 90]))
+    queries = random.integers(0, longest, n) * (random.random(n) < 0.9)
+    alike = random.random() < 0.3
+    keys = queries if alike else random.integers(0, longest, n) * (random.random(n) < 0.9)
+    used = random.random() < 0.6
+    cu_q = _offsets(random, queries, used)
+    cu_k = cu_q if alike else _offsets(random, keys, used)
+    extra = int(random.integers(0, 200)) * used
+    d = int(random.choice([64, 128, 256] if ON_GPU else [16]))
+    h, g = random.choice([(1, 1), (4, 2), (3, 1)])
+    return Case(
+        f"sequences-{seed}",
+        "",
+        layout="packed",
+        b=1,
+        s=cu_q[-1] + extra,
+        t=cu_k[-1] + extra,
+        h=int(h),
+        g=int(g),
+        d=d,
+        dtype=str(random.choice(["bfloat16", "float16"])) if ON_GPU else "float32",
+        cu_q=cu_q,
+        cu_k=None if alike else cu_k,
+        used_q=tuple(int(x) for x in queries) if used else None,
+        used_k=tuple(int(x) for x in keys) if used else None,
+        causal=bool(random.random() < 0.6),
+        window=(int(random.integers(0, longest)), -1) if random.random() < 0.3 else (-1, -1),
+        alignment=str(random.choice(["top_left", "bottom_right"])),
+        softcap=5.0 if random.random() < 0.2 else 0.0,
+        alibi="h" if random.random() < 0.2 else None,
+        sinks="normal" if random.random() < 0.3 else None,
+        bias="b h s t" if random.random() < 0.15 else None,
+        segments=("same" if alike and cu_q[-1] == cu_k[-1] else "pair") if random.random() < 0.2 else None,
+    )
+
+
+CASES = [pytest.param(_case(seed), id=str(seed)) for seed in range(40 if ON_GPU else 6)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward(case, compiled):
+    inputs = case.build()
+    call = function(case, inputs, compiled)
+    out, lse = call(to_device(inputs.arrays))
+    expected, naive = oracle.run(case, inputs), oracle.run(case, inputs, naive=True)
+    oracle.compare("lse", lse, expected.lse, naive.lse, expected.logit)
+    oracle.compare("out", out, expected.out, naive.out, expected.logit)
+    for x, y in zip(call(to_device(inputs.arrays)), (out, lse), strict=True):
+        oracle.same_bits(x, y, "a second call")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backward(case, compiled):
+    inputs = case.build()
+    dout_dlse = cotangents(case, inputs, oracle.run(case, inputs).lse)
+    _, grads = differentiated(case, inputs, compiled)(to_device(inputs.arrays), dout_dlse)
+    expected, naive = (oracle.run(case, inputs, dout_dlse, naive=x) for x in (False, True))
+    for name, grad in grads.items():
+        oracle.compare(f"gradient of {name}", grad, expected.grads[name], naive.grads[name], expected.logit)
