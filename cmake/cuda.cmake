@@ -164,6 +164,11 @@ endif()
 add_library(flashjax_cuda_kernels STATIC ${sources})
 target_include_directories(flashjax_cuda_kernels PRIVATE "${CMAKE_SOURCE_DIR}/csrc" "${CMAKE_BINARY_DIR}/generated")
 target_compile_options(flashjax_cuda_kernels PRIVATE -Xfatbin=-compress-all -Xptxas=-v)
+# Random pauses at the barriers of the Hopper kernels, for tests of their order.
+option(FLASHJAX_JITTER "pause at barriers" OFF)
+if(FLASHJAX_JITTER)
+  target_compile_definitions(flashjax_cuda_kernels PRIVATE FLASHJAX_JITTER)
+endif()
 # What ptxas -v says goes to a log next to the object: csrc/cuda/check_ptxas.py reads it.
 set(launcher "${Python_EXECUTABLE}" "${CMAKE_SOURCE_DIR}/csrc/cuda/log_ptxas.py" ${CMAKE_CUDA_COMPILER_LAUNCHER})
 set_target_properties(flashjax_cuda_kernels PROPERTIES

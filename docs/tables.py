@@ -13,7 +13,7 @@ import pathlib
 import re
 import sys
 
-from bench import memory, report, shares
+from bench import accuracy, memory, report, shares
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -98,12 +98,11 @@ def command(text) -> str:
     return f"\n\n```bash\n{text}\n```"
 
 
-def result(path, text=report.tables) -> str:
+def result(path, text=report.tables, show="python -m bench.report") -> str:
     if not (RESULTS / path).exists():
         return ""
     data = json.loads((RESULTS / path).read_text())
     source = f"Measured on {report.heading(data)}" if "ceilings" in data else f"Measured on {data['device']}."
-    show = "python -m bench.report" if "ceilings" in data else "python -m bench.memory --show"
     if data.get("absent"):
         source += f" Asked for, but not there: {', '.join(data['absent'])}."
     run = re.sub(r"--out \S+", f"--out out/{pathlib.Path(path).name}", data["command"])
@@ -121,7 +120,11 @@ def benchmarks(folder) -> list[pathlib.Path]:
 
 
 def memory_result() -> str:
-    return result("cpu/memory.json", memory.memory_table)
+    return result("cpu/memory.json", memory.memory_table, "python -m bench.memory --show")
+
+
+def accuracy_result() -> str:
+    return result("h200/accuracy.json", accuracy.accuracy_table, "python -m bench.accuracy --show")
 
 
 def scaling_result() -> str:
@@ -145,6 +148,7 @@ BLOCKS = {
     "slots": slots,
     "cpu": lambda: result("cpu/attention.json"),
     "memory": memory_result,
+    "accuracy": accuracy_result,
     "h200": lambda: "\n\n".join(result(path.relative_to(RESULTS)) for path in benchmarks("h200")),
 }
 

@@ -15,6 +15,22 @@ struct alignas(64) TMap {  // stands in for CUtensorMap
 DI float infinity() { return __int_as_float(0x7f800000); }
 DI u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// A pause of up to 4 us, mostly short, different for each warp and each time: built with
+// FLASHJAX_JITTER, the roles of a kernel meet their barriers in orders that they usually do not.
+// Without a branch, which would break the basic blocks of wgmma.
+DI void jitter() {
+#ifdef FLASHJAX_JITTER
+  asm volatile(
+      "{.reg .u32 x, y, z; mov.u32 x, %%clock; mov.u32 y, %%tid.x; shr.u32 y, y, 5;"
+      " mad.lo.u32 x, y, 0x9E3779B9, x; mov.u32 y, %%ctaid.x; mad.lo.u32 x, y, 0x85EBCA6B, x;"
+      " shr.u32 y, x, 15; xor.b32 x, x, y; mul.lo.u32 x, x, 0x2C1B3C6D;"
+      " shr.u32 y, x, 12; xor.b32 x, x, y; mul.lo.u32 x, x, 0x297A2D39;"
+      " shr.u32 y, x, 10; shr.u32 z, x, 20; and.b32 x, y, z; and.b32 x, x, %0;"
+      " nanosleep.u32 x;}" ::"r"(0xFFF)
+      : "memory");
+#endif
+}
+
 // ---- mbarrier
 DI void mb_init(u32 b, u32 n) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(b), "r"(n));
@@ -25,14 +41,17 @@ DI void mb_expect(u32 b, u32 bytes) {
                : "memory");
 }
 DI void mb_arrive(u32 b) {
+  jitter();
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory");
 }
 DI void mb_wait(u32 b, u32 parity) {
+  jitter();
   asm volatile(
       "{.reg .pred p; W: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra D; bra W; D: "
       "}" ::"r"(b),
       "r"(parity)
       : "memory");
+  jitter();
 }
 // Ends the basic block, so that ptxas cannot move work across it: a wait that is skipped as long as
 // x >= 0. (An empty loop that is never taken is removed by ptxas.)
@@ -120,8 +139,12 @@ DI u64 desc(u32 lo) {
 
 // ---- barriers and registers
 DI void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-DI void bar_sync(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
+DI void bar_sync(int id, int n) {
+  jitter();
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory");
+}
 DI void bar_arrive(int id, int n) {
+  jitter();
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory");
 }
 template <int N>

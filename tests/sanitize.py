@@ -1,0 +1,185 @@
+"""Small calls under NVIDIA's compute-sanitizer, one run for each of its tools; needs a GPU that its tools support.
+
+    python tests/sanitize.py --out out/sanitize.json [--tool memcheck --tool racecheck --tool synccheck]
+
+Only kernels of flashjax are checked. Every array is an allocation of its own, so that memcheck knows its end. Among the
+calls are lengths, page ids and offsets that point anywhere. Before all that, a kernel with a planted fault shows that
+the tool reports one.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+if __name__ == "__main__":
+    os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+
+import jax
+import numpy as np
+
+import oracle
+from cases import BY_ID, Inputs, cotangents
+from harness import differentiated, function, to_device
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+CASES = (
+    "causal-bfloat16",
+    "causal-float16",
+    "causal-float32",
+    "heads-8-2-bfloat16",
+    "dim-192-128",
+    "everything-bfloat16",
+    "packed-causal-bfloat16",
+    "packed-used-both-bfloat16",
+    "packed-everything",
+    "cached-decode-bfloat16",
+    "cached-paged-bfloat16",
+    "cached-paged-float16",
+    "cached-append-bfloat16",
+    "cached-splits",
+    "cached-everything",
+)
+HUGE = np.iinfo(np.int32).max
+# case, argument -> what stands in all its elements but the first
+BAD = (
+    ("packed-causal-bfloat16", {"cu_seqlens_q": HUGE}),
+    ("packed-causal-bfloat16", {"cu_seqlens_q": -7}),
+    ("packed-causal-float32", {"cu_seqlens_q": 10**6}),
+    ("packed-used-both-bfloat16", {"seqused_q": HUGE, "seqused_k": -1}),
+    ("packed-used-both-bfloat16", {"seqused_q": -HUGE, "seqused_k": HUGE}),
+    ("cached-paged-bfloat16", {"page_table": HUGE}),
+    ("cached-paged-bfloat16", {"page_table": -1, "cache_seqlens": HUGE}),
+    ("cached-paged-float16", {"page_table": 10**6, "cache_seqlens": -5}),
+    ("cached-decode-bfloat16", {"cache_seqlens": HUGE}),
+    ("cached-batch-idx", {"cache_batch_idx": HUGE}),
+    ("cached-batch-idx", {"cache_batch_idx": -1}),
+    ("cached-leftpad", {"cache_leftpad": HUGE}),
+    ("cached-leftpad", {"cache_leftpad": -HUGE}),
+)
+
+PLANTED = r"""
+#include <cstdio>
+namespace flashjax {
+__global__ void memcheck(int* p) { p[threadIdx.x] = 1; }
+__global__ void racecheck(int* p) {
+  __shared__ int x[64];
+  x[threadIdx.x] = threadIdx.x;
+  p[0] = x[63 - threadIdx.x];
+}
+__global__ void synccheck(int* p) {
+  if (threadIdx.x < 16) __syncthreads();
+  p[0] = 1;
+}
+}  // namespace flashjax
+int main() {
+  int* p;
+  cudaMalloc(&p, 4);
+  flashjax::FAULT<<<1, 64>>>(p);
+  printf("%s\n", cudaGetErrorString(cudaDeviceSynchronize()));
+}
+"""
+
+
+def spoiled(inputs: Inputs, values: dict[str, int]) -> Inputs:
+    arrays = {name: np.array(inputs.arrays[name]) for name in values}
+    for name, value in values.items():
+        flat = arrays[name].reshape(-1)
+        flat[1 if len(flat) > 1 else 0 :] = value
+    return inputs.without(**arrays)
+
+
+def calls():
+    """(name, case, inputs)"""
+    for name in CASES:
+        yield name, BY_ID[name], BY_ID[name].build()
+    for name, values in BAD:
+        yield f"{name} with {values}", BY_ID[name], spoiled(BY_ID[name].build(), values)
+
+
+def run():
+    for name, case, inputs in calls():
+        arrays = to_device(inputs.arrays)
+        if case.layout == "cached":
+            results = function(case, inputs, "cuda")(arrays)
+        else:
+            dout_dlse = cotangents(case, case.build(), oracle.run(case, case.build()).lse)
+            results = differentiated(case, inputs, "cuda")(arrays, dout_dlse)
+        jax.block_until_ready(results)
+        print(f"ran {name}", flush=True)
+
+
+def sanitized(tool, command):
+    options = ["--tool", tool, "--kernel-name", "kns=flashjax", "--error-exitcode", "9", "--print-limit", "20"]
+    return ["compute-sanitizer", *options, *command]
+
+
+def planted(tool, folder) -> bool:
+    """Whether the tool reports a fault that is there."""
+    source = pathlib.Path(folder) / f"{tool}.cu"
+    source.write_text(PLANTED.replace("FAULT", tool))
+    subprocess.run(["nvcc", "-arch=native", "-o", source.with_suffix(""), source], check=True)
+    return subprocess.run(sanitized(tool, [str(source.with_suffix(""))]), capture_output=True).returncode == 9
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tool", action="append", choices=TOOLS)
+    parser.add_argument("--seconds", type=float, default=240, help="for each tool; they run side by side")
+    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--run", action="store_true", help="the calls alone, under no tool")
+    args = parser.parse_args()
+    if args.run:
+        run()
+        return
+    if shutil.which("compute-sanitizer") is None:
+        raise SystemExit("compute-sanitizer is not on PATH")
+    total, start = sum(1 for _ in calls()), time.monotonic()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        running = {}
+        for tool in args.tool or TOOLS:
+            log = (pathlib.Path(folder) / tool).open("w+")
+            command = sanitized(tool, [sys.executable, __file__, "--run"])
+            running[tool] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), log
+        for tool, (process, log) in running.items():
+            try:
+                code = process.wait(max(1.0, start + args.seconds - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = None
+            log.seek(0)
+            text = log.read()
+            reports = [line.strip("= ") for line in text.splitlines() if line.startswith("=========")]
+            row = {
+                "tool": tool,
+                "finds_a_planted_fault": planted(tool, folder),
+                "calls": len(re.findall(r"^ran ", text, re.MULTILINE)),
+                "of": total,
+                "seconds": round(time.monotonic() - start),
+                "clean": code == 0,
+                "report": [line for line in reports if line][:40] if code != 0 else reports[-1:],
+            }
+            if code not in (0, 9):
+                row["report"] += text.splitlines()[-12:]
+            rows.append(row)
+            print(json.dumps(row, indent=1), flush=True)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        date = datetime.datetime.now(datetime.UTC).date().isoformat()
+        args.out.write_text(
+            json.dumps({"date": date, "device": jax.devices()[0].device_kind, "rows": rows}, indent=1) + "\n"
+        )
+    good = all(row["clean"] and row["finds_a_planted_fault"] and row["calls"] == total for row in rows)
+    raise SystemExit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
