@@ -21,6 +21,8 @@ import time
 if __name__ == "__main__":  # before JAX starts: a pool of our own, which poison() fills
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.02")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one oracle a process
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
 import jax
 import jax.numpy as jnp
