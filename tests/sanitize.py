@@ -50,7 +50,7 @@ CASES = (
     "cached-splits",
     "cached-everything",
 )
-# Several tiles each way, for every head dim that the Hopper kernels are built for, without and with scores to transform.
+# Several tiles each way, for every head dim of the Hopper kernels, without and with scores to transform.
 LARGER = tuple(
     Case(f"tiles-{d}-{name}", "", b=1, s=300, t=280, h=2, g=1, d=d, dtype="bfloat16", causal=True, **options)
     for d in (64, 128, 256)
