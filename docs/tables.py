@@ -48,6 +48,7 @@ def support() -> str:
 
     def contains(big, small):
         same = all(big[key] == small[key] for key in ("family", "direction", "dtype", "d", "e"))
+        same &= (big["variant"] == "kDecode") == (small["variant"] == "kDecode")
         return same and big["set"] != small["set"] and big["set"] & small["set"] == small["set"]
 
     merged = {}
@@ -60,6 +61,8 @@ def support() -> str:
         lacks = [name for bit, name in enumerate(names) if not row["set"] >> bit & 1]
         if row["direction"] == "Forward":
             lacks = [name for name in lacks if name != "deterministic"]  # every forward is
+        if row["variant"] == "kDecode":
+            lacks.append(f"more than {row['m']} queries of a key head")
         missing = ", ".join(lacks) or "none"
         key = ("CUDA, " + arch, row["family"], row["direction"].lower(), unit, missing)
         found = merged.setdefault(key, ({}, {}))

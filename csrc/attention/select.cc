@@ -64,6 +64,8 @@ Gap gap(const Kernel& k, const Facts& f, int arch) {
                  (k.unit > 1 ? ", multiples of " + std::to_string(k.unit) : ""));
   if (uint32_t missing = f.features & ~k.features)
     g.add(2, "does not take " + feature_names(missing));
+  if (k.few && f.queries > k.m)
+    g.add(4, "takes up to " + std::to_string(k.m) + " queries of a key head");
   if (arch && (arch < k.arch_min || arch > k.arch_max))
     g.add(2, "runs on " + sm(k.arch_min) + (k.arch_max == k.arch_min ? "" : " and later"));
   if (!k.built)
@@ -93,21 +95,14 @@ KernelTable kernels() {
   static const Kernel table[] = {
 #define KERNEL(id, direction, family, arch_min, arch_max, dtype, d, e, unit, m, n, features, \
                variant, ci)                                                                  \
-  {#id,                                                                                      \
-   Direction::direction,                                                                     \
-   #family,                                                                                  \
-   arch_min,                                                                                 \
-   arch_max,                                                                                 \
-   DType::k##dtype,                                                                          \
-   d,                                                                                        \
-   e,                                                                                        \
-   unit,                                                                                     \
-   m,                                                                                        \
-   n,                                                                                        \
-   features,                                                                                 \
-   #variant,                                                                                 \
-   ci != 0,                                                                                  \
-   is_built(#id),                                                                            \
+  {#id,      Direction::direction,                                                           \
+   #family,  arch_min,                                                                       \
+   arch_max, DType::k##dtype,                                                                \
+   d,        e,                                                                              \
+   unit,     m,                                                                              \
+   n,        features,                                                                       \
+   #variant, std::strcmp(#variant, "kDecode") == 0,                                          \
+   ci != 0,  is_built(#id),                                                                  \
    kRow_##id},
 #include "kernels.def"
 #undef KERNEL
@@ -137,6 +132,7 @@ Facts facts_of(Direction direction, const Problem& p) {
   add(p.shift, kShift);
   add(!(p.scale > 0), kScale);
   add(p.deterministic && direction == Direction::Backward, kDeterministic);
+  if (p.g > 0 && p.s <= 64 && p.t >= 4 * p.s) f.queries = p.s * (p.h / p.g);
   return f;
 }
 

@@ -41,6 +41,9 @@ inline constexpr uint32_t kInRowsScores = kInRows | kSoftcap | kBias | kAlibi | 
 inline constexpr uint32_t kDenseScores =
     kDense | kSoftcap | kBias | kAlibi | kSegments | kPackedAlike | kScale;
 
+inline constexpr uint32_t kCached = kWindow | kSoftcap | kAlibi | kSinks | kSeqused | kBatchIdx |
+                                    kPaged | kShift | kScale;  // one sequence a row
+
 struct Kernel {
   const char* id;
   Direction direction;
@@ -52,6 +55,7 @@ struct Kernel {
   int m, n;  // tile
   uint32_t features;
   const char* variant;
+  bool few;  // m is the most queries of a key head that it serves, all heads of a group together
   bool ci;
   bool built;  // in this build
   int index;   // its place in the table
@@ -63,6 +67,9 @@ struct Facts {
   DType dtype;
   int64_t d, e;
   uint32_t features;
+  // Of a key head, where they are few against many keys: then reading the keys takes the time.
+  int64_t queries = kMany;
+  static constexpr int64_t kMany = INT64_MAX;
 };
 
 struct KernelTable {

@@ -20,6 +20,7 @@ enum class Variant {
   kMasked,     // windows
   kSequences,  // windows, sequences of any length in the rows, segment ids
   kScores,     // these, and what changes scores: softcap, bias, alibi
+  kDecode,     // few queries against many keys
 };
 
 // Enqueues the work; neither waits nor allocates.

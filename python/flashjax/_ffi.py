@@ -60,7 +60,6 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
 
     A function of shapes alone, since the platform's kernel is chosen when the program runs.
     """
-    del attrs
     b, s, h, d = arrays["q"].shape
     widest = max(d, arrays["v"].shape[-1])
     if arrays["q"].dtype == jnp.float32 or widest > 256:
@@ -69,11 +68,32 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
     documents = ("segment_ids_q" in arrays or "cu_seqlens_q" in arrays) * 8 * b  # the range that each tile can see
     packed = ("cu_seqlens_q" in arrays) * 4 * b * (s + arrays["k"].shape[1])  # sequences as segment ids
     if target == "flashjax_fwd":
-        return 256 + b * (64 * (s // 128 + 2 * n + 1) + 16 * (n + 1))  # counters, and a plan of the tiles
+        plan = 256 + b * (64 * (s // 128 + 2 * n + 1) + 16 * (n + 1))  # counters, and a plan of the tiles
+        return max(plan, _partial_results_bytes(arrays, attrs))
     width = next(x for x in (64, 128, 256) if widest <= x)
     rows = -(-s // 128) * 128
     statistics = 4 * b * h * rows * (width + 2)  # dq in float32, and two numbers of each query
     return statistics + documents * -(-arrays["k"].shape[1] // 64) + packed
+
+
+def _partial_results_bytes(arrays: Arrays, attrs: Attrs) -> int:
+    """For few queries against many keys, which are split: launch_blocks in csrc/cuda/sm90/decode.cuh."""
+    (b, s, h, d), (_, t, g, e) = arrays["q"].shape, arrays["v"].shape
+    if "page_table" in arrays:
+        t *= arrays["page_table"].shape[1]
+    if not b * s * h or s > 64 or t < 4 * s or s * (h // g) > 512:
+        return 0
+    block = 64 if s * (h // g) <= 64 else 128
+    heads = min(h // g, block)
+    queries = min(s, block // heads)
+    blocks = b * g * -(-(h // g) // heads) * -(-s // queries)
+    width = next(x for x in (64, 128, 256) if max(d, e) <= x)
+    slot = 4 * heads * queries * (width + 1)
+    tiles = -(-t // 64)
+    if attrs.num_splits > 0:
+        return 16 + blocks * min(attrs.num_splits, tiles) * slot
+    ctas = 144 * (2 if block == 64 and width < 256 else 1)  # as many as any such GPU runs at a time
+    return 16 + min(ctas, blocks * tiles) * (16 + 2 * slot)
 
 
 def runtime_ffi_api() -> tuple[int, int] | None:

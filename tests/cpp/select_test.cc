@@ -40,6 +40,9 @@ void columns() {
     CHECK(picks({fwd, bf16, 192, 128, uint32_t{x} | kBias}, 90, "sm90_fwd_bf16_192_128_scores"));
   }
   CHECK(picks({fwd, bf16, 128, 128, kPaged}, 90, "simt_fwd_bf16"));
+  CHECK(picks({fwd, bf16, 128, 128, kPaged, 512}, 90, "sm90_decode_bf16_128"));
+  CHECK(picks({fwd, bf16, 128, 128, kPaged, 513}, 90, "simt_fwd_bf16"));
+  CHECK(picks({fwd, bf16, 64, 64, 0, 1}, 90, "sm90_decode_bf16_64"));
   CHECK(picks({fwd, bf16, 100, 100, 0}, 90, "simt_fwd_bf16"));
   CHECK(picks({fwd, bf16, 128, 128, 0}, 80, "simt_fwd_bf16"));
   CHECK(picks({fwd, bf16, 128, 128, 0}, 120, "simt_fwd_bf16"));
@@ -64,13 +67,14 @@ void first_of_table() {
       if (random.chance(0.15)) f.features |= x;
     const int archs[] = {0, 70, 75, 80, 90, 100, 120};
     const int arch = archs[random.integer(0, 6)];
+    if (random.chance(0.5)) f.queries = random.integer(1, 1000);
     const Kernel* first = nullptr;
     for (const Kernel& k : kernels()) {
       bool dims = f.d >= 1 && f.e >= 1 && f.d <= k.d && f.e <= k.e && f.d % k.unit == 0 &&
                   f.e % k.unit == 0;
       bool here = arch == 0 || (arch >= k.arch_min && arch <= k.arch_max);
       bool serves = k.direction == f.direction && k.dtype == f.dtype && dims && here && k.built &&
-                    (f.features & ~k.features) == 0;
+                    (f.features & ~k.features) == 0 && (!k.few || f.queries <= k.m);
       if (serves && !first) first = &k;
     }
     std::string why;
@@ -91,6 +95,16 @@ void facts() {
     change(changed);
     return facts_of(direction, changed).features;
   };
+  auto queries = [&](int64_t s, int64_t t, int64_t h, int64_t g) {
+    p.s = s, p.t = t, p.h = h, p.g = g;
+    return facts_of(Direction::Forward, p).queries;
+  };
+  CHECK(queries(1, 4, 8, 2) == 4);
+  CHECK(queries(64, 256, 2, 2) == 64);
+  CHECK(queries(65, 512, 2, 2) == Facts::kMany);
+  CHECK(queries(2, 7, 2, 2) == Facts::kMany);
+  CHECK(queries(1, 8, 0, 0) == Facts::kMany);
+  p.s = p.t = 16;
   CHECK(features([](Problem&) {}) == 0);
   CHECK(features([](Problem& x) { x.scale = 0; }) == kScale);
   CHECK(features([](Problem& x) { x.scale = -1; }) == kScale);

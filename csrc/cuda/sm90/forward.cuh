@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "decode.cuh"
 #include "forward_kernel.cuh"
 #include "host.h"
 #include "sequences.h"
@@ -72,13 +73,17 @@ cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStre
 
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_forward(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
-  // Of wide key tiles the last may be mostly empty, which a few of them do not make up for.
-  if constexpr (N == 160) {
-    const int64_t wide = (p.t + N - 1) / N * N, narrow = (p.t + 127) / 128 * 128;
-    if (wide * 100 > narrow * 102)
-      return launch_tile<kType, D, E, M, 128, kVariant>(p, device, stream);
+  if constexpr (kVariant == cuda::Variant::kDecode) {
+    return launch_decode<kType, D, N>(p, device, stream);
+  } else {
+    // Of wide key tiles the last may be mostly empty, which a few of them do not make up for.
+    if constexpr (N == 160) {
+      const int64_t wide = (p.t + N - 1) / N * N, narrow = (p.t + 127) / 128 * 128;
+      if (wide * 100 > narrow * 102)
+        return launch_tile<kType, D, E, M, 128, kVariant>(p, device, stream);
+    }
+    return launch_tile<kType, D, E, M, N, kVariant>(p, device, stream);
   }
-  return launch_tile<kType, D, E, M, N, kVariant>(p, device, stream);
 }
 
 }  // namespace flashjax::sm90

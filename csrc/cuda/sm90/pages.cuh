@@ -25,7 +25,7 @@ struct Place {
 DI Place place(const Pages& p, int b, int key) {
   if (!p.table) return {p.entry ? p.entry[b] : b, key};
   const int at = key / p.size, page = p.table[(long long)b * p.per_row + at];
-  return {page < p.count ? page : -1, key - at * p.size};
+  return {page >= 0 && page < p.count ? page : -1, key - at * p.size};
 }
 
 }  // namespace flashjax::sm90

@@ -65,7 +65,8 @@ DI void sched_fence(int x, u32 bar) {
 }
 
 // ---- bulk copies
-constexpr u64 kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
+constexpr u64 kEvictNormal = 0x1000000000000000ull, kEvictFirst = 0x12F0000000000000ull,
+              kEvictLast = 0x14F0000000000000ull;
 DI void prefetch_map(const TMap* m) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(m) : "memory");
 }

@@ -1,0 +1,197 @@
+"""Few queries against long caches, in 16 bits: what GPUs have kernels of their own for.
+
+Lengths, pages and groups are such that tiles of 64 and 128 keys are cut in every way, and several blocks have a head.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flashjax
+import oracle
+from cases import Case
+from conftest import ON_GPU
+from harness import function, to_device
+
+RAGGED = (0, 1, 63, 64, 65, 127, 128, 129, 300, 512)
+
+
+def _cases():
+    def case(name, reason, **options):
+        options = {
+            "b": 10,
+            "s": 1,
+            "t": 512,
+            "h": 8,
+            "g": 2,
+            "d": 128,
+            "dtype": "bfloat16",
+            "lengths": RAGGED,
+        } | options
+        return Case(f"decode-{name}", reason, layout="cached", **options)
+
+    for d in (64, 80, 128, 136, 256):
+        for dtype in ("bfloat16", "float16"):
+            yield case(f"d{d}-{dtype}", "each width of the kernels, full and zero-filled", d=d, dtype=dtype)
+    yield case("values-narrow", "e < d", d=128, e=72)
+    yield case("values-wide", "e > d: the row of the wider", d=64, e=128)
+    for d in (64, 128, 256):
+        yield case(f"causal-4-d{d}", "speculative decoding", d=d, s=4, causal=True)
+        yield case(f"two-groups-d{d}", "more than 64 rows of a key head", d=d, s=16, h=16, causal=True)
+    yield case("many-rows", "several blocks of 128 rows, the last not full", s=60, h=12, causal=True)
+    yield case("odd-group", "a group that does not divide a block of rows", s=5, h=21, g=3, causal=True)
+    yield case("mqa", "more heads in a group than rows in a block", h=150, g=1)
+    yield case("mqa-3", "blocks of heads and of queries", h=150, g=1, s=3, causal=True)
+    yield case("one-long", "a head in all blocks at a time", b=1, t=20000, lengths=(19999,))
+    yield case("one-long-4", "the same with a mask", b=1, t=20000, lengths=(19001,), s=4, causal=True)
+    yield case(
+        "many-sequences", "more sequences than the prefix sum has entries", b=600, t=64, lengths=(0, 5, 64) * 200
+    )
+    for page in (16, 64, 128, 256, 48, 5, 1):
+        t = page * -(-600 // page)
+        yield case(f"page-{page}", "boxes of pages", t=t, page=page, lengths=(*RAGGED[:-1], t), s=2, causal=True)
+    yield case("page-16-d64", "boxes of pages in tiles of 128", page=16, d=64)
+    yield case("page-2-d64", "more boxes in a tile than lanes", page=2, d=64)
+    yield case("window", "blocks before the window are not read", s=3, window=(70, 0))
+    yield case("window-right", "a window that looks ahead", s=8, window=(130, 3))
+    yield case("window-page", "a window within pages", s=2, window=(100, 0), page=16)
+    yield case("top-left", "the diagonal starts at the first key", s=9, causal=True, alignment="top_left")
+    yield case("softcap", "bent scores", softcap=5.0, s=2, causal=True)
+    yield case("alibi", "distances from the diagonal", alibi="b h", s=3, causal=True)
+    yield case("alibi-softcap-64", "both, in tiles of 128", alibi="h", softcap=8.0, d=64, s=2)
+    yield case("scale-negative", "the greatest score is of the least product", scale=-0.1)
+    yield case("sinks", "a term of the denominator, whole heads and shared ones", sinks="normal", s=4)
+    yield case("sinks-long", "the same over many parts", sinks="high", b=1, t=20000, lengths=(19999,))
+    yield case("leftpad", "NaN before the first key", leftpad=(0, 1, 5, 63, 64, 65, 127, 100, 299, 7), s=3, causal=True)
+    yield case("leftpad-page", "within pages", leftpad=(0, 0, 5, 63, 2, 65, 127, 100, 299, 7), page=16, s=2)
+    yield case("batch-idx", "entries in any order", batch_idx=(3, 3, 0, 11, 10, 1, 2, 5, 4, 7), lengths=(512,) * 10)
+    yield case("append", "new keys, rotated", new=2, s=2, causal=True, rotary=64, lengths=(*RAGGED[:-1], 510))
+    yield case("append-page", "new keys into pages", new=4, s=4, causal=True, page=16, rotary=32, interleaved=False,
+               lengths=(*RAGGED[:-1], 508))  # fmt: skip
+    yield case("append-leftpad", "new keys after padding", new=1, leftpad=(0, 1, 5, 63, 64, 65, 127, 100, 299, 7),
+               lengths=(*RAGGED[:-1], 511), rotary=128)  # fmt: skip
+    yield case("append-batch-idx", "new keys of other entries", new=1, batch_idx=(3, 8, 0, 11, 10, 1, 2, 5, 4, 7),
+               lengths=(*RAGGED[:-1], 511), rotary=128, interleaved=False)  # fmt: skip
+    yield case("large", "scores of a hundred", q_gain=40.0, s=4, causal=True)
+
+
+DECODE = list(_cases())
+BY_ID = {case.id: case for case in DECODE}
+FEW = ("decode-causal-4-d64", "decode-page-5", "decode-append-page", "decode-batch-idx")  # elsewhere test_kvcache.py
+
+
+def run(case, inputs, implementation, **options):
+    return function(case, inputs, implementation, **options)(to_device(inputs.arrays))
+
+
+def check(case, inputs, results):
+    out, lse, *caches = results
+    expected, naive = oracle.run(case, inputs), oracle.run(case, inputs, naive=True)
+    oracle.compare("lse", lse, expected.lse, naive.lse, expected.logit)
+    oracle.compare("out", out, expected.out, naive.out, expected.logit)
+    for name, cache, want, rounded in zip(("k_cache", "v_cache"), caches, expected.caches, naive.caches, strict=False):
+        oracle.compare(name, cache, want, rounded)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in DECODE if ON_GPU or case.id in FEW])
+def test_decode(case, implementation):
+    inputs = case.build()
+    more = {"update_cache": True} if case.new else {}
+    results = run(case, inputs, implementation, **more)
+    check(case, inputs, results)
+    for x, y in zip(results, run(case, inputs, implementation, **more), strict=True):
+        oracle.same_bits(x, y, "a second call")
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 7, 1000])
+@pytest.mark.parametrize(
+    "name", ["decode-page-16", "decode-sinks", "decode-many-rows"] if ON_GPU else ["decode-page-5"]
+)
+def test_splits(name, num_splits, implementation):
+    """Parts that were asked for: the same result, and the same bits each time."""
+    case = BY_ID[name]
+    inputs = case.build()
+    results = run(case, inputs, implementation, num_splits=num_splits)
+    check(case, inputs, results)
+    for x, y in zip(results, run(case, inputs, implementation, num_splits=num_splits), strict=True):
+        oracle.same_bits(x, y, "a second call")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not ON_GPU, reason="CPU kernels check ids and lengths on the host")
+@pytest.mark.parametrize("page", [0, 16, 5])
+def test_bad_values_are_skipped(page):
+    """Ids that name no page, entries that do not exist and lengths past the capacity: their keys do not take part."""
+    t = 512 - 512 % (page or 1)
+    case = dataclasses.replace(BY_ID["decode-causal-4-d128"], t=t, page=page, lengths=(t,) * 10)
+    case = dataclasses.replace(case, batch_idx=None if page else (0,) * 10)
+    inputs = case.build()
+    arrays = dict(inputs.arrays)
+    arrays["cache_seqlens"] = np.array([t, -1, t + 1, 2**31 - 1, -(2**31), t, t, t, t, t], np.int32)
+    for name in ("k_cache", "v_cache"):  # of every entry and page
+        noise = np.random.default_rng(1).standard_normal(arrays[name].shape)
+        arrays[name] = np.where(np.isnan(arrays[name]), noise.astype(arrays[name].dtype), arrays[name])
+    if page:
+        table = arrays["page_table"] = arrays["page_table"].copy()
+        table[5:, ::3] = np.array([-1, 2**31 - 1, -(2**31), len(arrays["k_cache"]), 10**6])[:, None]
+        table[6] = -7
+    else:
+        arrays["cache_batch_idx"] = np.array([0, 1, 2, 3, 4, -1, 12, 2**31 - 1, -(2**31), 1], np.int32)
+    out, lse = run(case, dataclasses.replace(inputs, arrays=arrays), "cuda")
+
+    lengths = np.clip(arrays["cache_seqlens"], 0, t)
+    caches = [arrays[name].astype(np.float64) for name in ("k_cache", "v_cache")]
+    q = arrays["q"].astype(np.float64)
+    for i in range(case.b):
+        if page:
+            ids = np.repeat(table[i], page)
+            rows = np.flatnonzero((ids >= 0) & (ids < len(caches[0])) & (np.arange(t) < lengths[i]))
+            keys, values = (x[ids[rows], rows % page] for x in caches)
+        else:
+            entry = arrays["cache_batch_idx"][i]
+            rows = np.arange(lengths[i] if 0 <= entry < len(caches[0]) else 0)
+            keys, values = (x[entry if len(rows) else 0][rows] for x in caches)
+        length = lengths[i] if page or len(rows) else 0
+        sees = rows[None, :] <= np.arange(case.s)[:, None] + length - case.s
+        keys, values = (np.repeat(x.transpose(1, 0, 2), case.h // case.g, 0) for x in (keys, values))
+        x = np.where(sees, q[i].transpose(1, 0, 2) @ keys.transpose(0, 2, 1) / case.d**0.5, -np.inf)
+        weights = np.exp(x)
+        total = weights.sum(-1, keepdims=True)
+        want = np.where(total > 0, weights @ values / np.where(total > 0, total, 1), 0).transpose(1, 0, 2)
+        with np.errstate(divide="ignore"):
+            np.testing.assert_allclose(np.asarray(lse)[i], np.log(total)[..., 0], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(np.asarray(out)[i].astype(np.float64), want, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_in_command_buffers():
+    """A program of several calls, and of a loop, that XLA may record as a CUDA graph: run again with other values."""
+    case = BY_ID["decode-append-page"]
+    inputs = case.build()
+    arrays = to_device(inputs.arrays)
+    call = functools.partial(
+        flashjax.flash_mha_with_kvcache, update_cache=True, implementation="cuda", **inputs.options
+    )
+
+    def steps(q, arrays):
+        caches, results = (arrays["k_cache"], arrays["v_cache"]), []
+        lengths = jnp.minimum(arrays["cache_seqlens"], 400)
+        for _ in range(4):
+            rest = arrays | {"k_cache": caches[0], "v_cache": caches[1], "cache_seqlens": lengths}
+            out, *caches = call(**rest | {"q": q})
+            lengths, q = lengths + 4, out
+            results.append(out)
+        return jnp.stack(results)
+
+    flags = {"xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL", "xla_gpu_graph_min_graph_size": 1}
+    plain = jax.jit(steps, compiler_options={"xla_gpu_enable_command_buffer": ""})
+    recorded = jax.jit(steps, compiler_options=flags)
+    for seed in range(3):
+        q = jax.random.normal(jax.random.key(seed), arrays["q"].shape, arrays["q"].dtype)
+        for _ in range(2):
+            oracle.same_bits(recorded(q, arrays), plain(q, arrays), f"seed {seed}")
