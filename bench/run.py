@@ -28,6 +28,7 @@ PACKAGES = {
     "dew-flash-attn": ["dew-flash-attn-cu13", "dew-flash-attn-cu12"],
     "fa4-jax": ["fa4-jax", "nvidia-cutlass-dsl"],
     "flash-attn3-jax": ["flash-attn3-jax"],
+    "jax-linear-attention": ["jax-linear-attention"],
 }
 
 

@@ -1,6 +1,6 @@
 """Times attention of a sequence that is split over all devices, against one device of the same run.
 
-    python -m bench.scaling --out out/scaling.json [--tokens 32768] [--check] [--trace out/trace]
+    python -m bench.scaling --out out/scaling.json [--tokens 32768] [--check] [--peers] [--profile]
 
 Every device has `--tokens` tokens. A row's `tflops` are those of one device, `of_single` their ratio to what one device
 computes of a sequence of `--tokens` tokens with the same mask while the others idle. In case "apart" every device
@@ -11,6 +11,7 @@ computes such a sequence of its own at the same time: what the slowest of them, 
 import argparse
 import datetime
 import functools
+import importlib.util
 import json
 import pathlib
 import sys
@@ -22,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flashjax
-from bench import timing
+from bench import overlap, timing
 from bench.run import csrc_tree, device, versions
 
 CASES = [  # mask, layout, strategy
@@ -46,15 +47,30 @@ def operands(tokens, args, sharding):
     return make(jax.random.split(jax.random.key(0), 4))
 
 
-def program(mode, **options):
+def program(mode, attend=flashjax.flash_mha, **options):
     def forward(q, k, v, dout):
-        return flashjax.flash_mha(q, k, v, **options)
+        return attend(q, k, v, **options)
 
     def both(q, k, v, dout):
-        out, vjp = jax.vjp(lambda q, k, v: flashjax.flash_mha(q, k, v, **options), q, k, v)
+        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, **options), q, k, v)
         return out, vjp(dout)
 
     return jax.jit(forward if mode == "fwd" else both)
+
+
+def peers(mode, mask, mesh):
+    """(implementation, case, program) of the other packages that are installed, on a contiguous layout."""
+    causal = mask == "causal"
+    if importlib.util.find_spec("flash_attn3_jax"):
+        import flash_attn3_jax
+
+        yield "flash-attn3-jax", "ring-contiguous", program(mode, flash_attn3_jax.flash_mha, is_causal=causal)
+    if causal and importlib.util.find_spec("jla"):  # jax-linear-attention has no other mask
+        from jla.distributed.context_parallel_attention import context_parallel_attention as attend
+
+        for strategy, layout in (("ulysses", "contiguous"), ("ring", "zigzag")):
+            options = {"mesh": mesh, "axis": "seq", "strategy": strategy}
+            yield "jax-linear-attention", f"{strategy}-{layout}", program(mode, attend, **options)
 
 
 def runner(function, arrays):
@@ -136,8 +152,11 @@ def main():
     parser.add_argument("--min-burst", type=float, default=0.3)
     parser.add_argument("--only", nargs="*", help="these cases alone, as in ring-zigzag, besides single and apart")
     parser.add_argument("--check", action="store_true", help="compare results and gradients with one device first")
-    parser.add_argument("--trace", type=pathlib.Path, help="write a profile of one causal zigzag fwd+bwd here")
+    parser.add_argument("--peers", action="store_true", help="time other packages too, those that are installed")
+    parser.add_argument("--profile", action="store_true", help="say what of the transfers is hidden, and the idle time")
+    parser.add_argument("--trace", type=pathlib.Path, help="keep the profiles here")
     args = parser.parse_args()
+    args.profile |= args.trace is not None
 
     devices = jax.devices()[: args.devices]
     n = len(devices)
@@ -150,12 +169,13 @@ def main():
     result = {
         "device": device(),
         "devices": n,
-        "versions": versions([]),
+        "versions": versions(["flash-attn3-jax", "jax-linear-attention"] if args.peers else []),
         "csrc_tree": csrc_tree(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join(
             ["python -m bench.scaling", *(f"out/{pathlib.Path(x).name}" if "/" in x else x for x in sys.argv[1:])]
         ),
+        "skipped": [],
         "rows": [],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -163,33 +183,58 @@ def main():
         for mask in ("full", "causal"):
             causal = {"is_causal": mask == "causal"}
             apart = jax.shard_map(program(mode, **causal), mesh=mesh, in_specs=P(None, "seq"), out_specs=P(None, "seq"))
-            runs = {"single": runner(program(mode, **causal), alone), "apart": runner(jax.jit(apart), split)}
+            calls = {}
             for _, kind, strategy in [case for case in CASES if case[0] == mask]:
-                layout = flashjax.SequenceLayout(kind, n)
-                call = program(mode, **causal, sequence_layout=layout, strategy=strategy)
                 if args.only is None or f"{strategy}-{kind}" in args.only:
-                    runs[f"{strategy}-{kind}"] = runner(call, split)
+                    layout = flashjax.SequenceLayout(kind, n)
+                    call = program(mode, **causal, sequence_layout=layout, strategy=strategy)
+                    calls["flashjax", f"{strategy}-{kind}"] = call
+            if args.peers:
+                calls |= {(impl, case): call for impl, case, call in peers(mode, mask, mesh)}
+            runs = {
+                ("flashjax", "single"): runner(program(mode, **causal), alone),
+                ("flashjax", "apart"): runner(jax.jit(apart), split),
+            }
+            for key, call in calls.items():
+                try:
+                    jax.block_until_ready(call(*split))
+                    runs[key] = runner(call, split)
+                except Exception as error:  # recorded: a peer's failure must not end the run, nor vanish
+                    if key[0] == "flashjax":
+                        raise
+                    why = f"{type(error).__name__}: {error}".splitlines()[0]
+                    result["skipped"].append({"case": key[1], "impl": key[0], "mode": mode, "mask": mask, "why": why})
             with timing.ClockMonitor() as clocks:
                 measured = timing.interleaved(runs, args.repeat, args.min_burst)
-            own = {name: 1 if name in ("single", "apart") else n for name in runs}  # devices that share a sequence
+            own = {key: 1 if key[1] in ("single", "apart") else n for key in runs}  # devices that share a sequence
             rate = {
-                name: flops(args.tokens * own[name], args, mask, mode) / own[name] / (times["ms_median"] * 1e9)
-                for name, times in measured.items()
+                key: flops(args.tokens * own[key], args, mask, mode) / own[key] / (times["ms_median"] * 1e9)
+                for key, times in measured.items()
             }
-            for name, times in measured.items():
-                row = {"case": name, "impl": "flashjax", "mode": mode, "mask": mask, "dtype": "bfloat16", "b": 1}
+            for (impl, name), times in measured.items():
+                row = {"case": name, "impl": impl, "mode": mode, "mask": mask, "dtype": "bfloat16", "b": 1}
                 row |= {"tokens": args.tokens, "h": args.heads, "g": args.kv_heads, "d": args.dim, **times}
-                row |= {"tflops": rate[name], "of_single": rate[name] / rate["single"], **clocks.summary()}
+                tflops = rate[impl, name]
+                row |= {"tflops": tflops, "of_single": tflops / rate["flashjax", "single"], **clocks.summary()}
+                if args.profile and (impl, name) in calls and impl == "flashjax":
+                    keep = args.trace and args.trace / f"{mode}-{mask}-{name}"
+                    try:
+                        spans = overlap.recorded(functools.partial(calls[impl, name], *split), keep)
+                        row["profile"] = overlap.summary(spans, n - 1)
+                    except Exception as error:  # no profiler here: the times above stand
+                        why = f"no profile: {type(error).__name__}: {error}".splitlines()[0]
+                        result["skipped"].append({"case": name, "impl": impl, "mode": mode, "mask": mask, "why": why})
                 result["rows"].append(row)
-                print(f"{n} devices, {mode}, {mask}, {name}: {times['ms_median']:.3f} ms, {rate[name]:.1f} TFLOP/s a "
-                      f"device, {100 * row['of_single']:.1f} % of one alone", flush=True)  # fmt: skip
+                print(f"{n} devices, {mode}, {mask}, {impl} {name}: {times['ms_median']:.3f} ms, {tflops:.1f} TFLOP/s "
+                      f"a device, {100 * row['of_single']:.1f} % of one alone", flush=True)  # fmt: skip
+                if "profile" in row:
+                    x = row["profile"]
+                    print(f"    transfers {x['transfers_ms']:.3f} ms, {100 * x['hidden']:.0f} % hidden; idle "
+                          f"{x['idle_ms']:.3f} ms, {x['idle_ms_per_hop']:.3f} a hop, largest gap "
+                          f"{x['largest_gap_ms']:.3f}", flush=True)  # fmt: skip
             args.out.write_text(json.dumps(result, indent=1) + "\n")
-    if args.trace:
-        layout = flashjax.SequenceLayout("zigzag", n)
-        call = functools.partial(program("fwd+bwd", is_causal=True, sequence_layout=layout), *split)
-        jax.block_until_ready(call())
-        with jax.profiler.trace(str(args.trace)):
-            jax.block_until_ready(call())
+    for skip in result["skipped"]:
+        print(f"skipped: {skip['mode']}, {skip['mask']}: {skip['impl']} {skip['case']}: {skip['why']}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ def by_devices(paths) -> list[dict]:
     return sorted((json.loads(path.read_text()) for path in paths), key=lambda result: result["devices"])
 
 
+def label(row) -> str:
+    return row["case"] if row["impl"] == report.OURS else f"{row['impl']}, {row['case']}"
+
+
 def table(result) -> str:
     """TFLOP/s a device, and their share of what one device alone reaches."""
     rows = {(row["mask"], row["case"], row["impl"], row["mode"]): row for row in result["rows"]}
@@ -39,7 +43,7 @@ def plot(results, path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = [(mode, mask) for mode in MODES for mask in ("full", "causal")]
-    names = [row["case"] for x in results for row in x["rows"] if row["case"] not in BASELINES]
+    names = [label(row) for x in results for row in x["rows"] if row["case"] not in BASELINES]
     names = list(dict.fromkeys(names))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels) + 1, 2.8), squeeze=False, sharey=True)
     for axis, (mode, mask) in zip(axes[0], panels, strict=True):
@@ -48,7 +52,7 @@ def plot(results, path: pathlib.Path) -> None:
                 result["devices"]: 100 * row["of_single"]
                 for result in results
                 for row in result["rows"]
-                if (row["mode"], row["mask"], row["case"]) == (mode, mask, name)
+                if (row["mode"], row["mask"], label(row)) == (mode, mask, name)
             }
             if shares:
                 axis.plot([1, *shares], [100, *shares.values()], color=f"C{i}", marker="o", markersize=4, label=name)

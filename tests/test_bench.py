@@ -1,7 +1,7 @@
 """What the benchmark's report concludes from figures."""
 
 import pytest
-from bench import report
+from bench import overlap, report
 from bench.cells import SUITES
 
 PEERS = ("dew-flash-attn", "fa4-jax", "jax.nn-cudnn")
@@ -47,3 +47,16 @@ def test_a_plot_knows_its_result(tmp_path):
     assert report.shows(tmp_path / "plot.png", one)
     assert not report.shows(tmp_path / "plot.png", other)
     assert not report.shows(tmp_path / "none.png", one)
+
+
+def test_what_a_profile_hides():
+    """Two kernels with a gap, and a transfer that starts under the first and ends in the gap."""
+    spans = [(0.0, 4.0, "forward_kernel"), (3.0, 6.0, "ncclDevKernel_SendRecv"), (7.0, 9.0, "forward_kernel")]
+    found = overlap.summary({"/device:GPU:0": spans, "/device:GPU:1": [*spans, (5.0, 5.5, "fusion")]}, hops=2)
+    assert found["transfers_ms"] == pytest.approx(3000)
+    assert found["hidden"] == pytest.approx((1.0 + 1.5) / 6)
+    assert found["busy_ms"] == pytest.approx(6250)
+    assert found["idle_ms_per_hop"] == pytest.approx(2750 / 2)
+    assert found["largest_gap_ms"] == pytest.approx((3000 + 1500) / 2)
+    with pytest.raises(ValueError, match="no events"):
+        overlap.summary({"/device:GPU:0": []}, hops=1)
