@@ -91,8 +91,8 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     check(tensor_map(dout, p.s ? p.dout : any, p.dtype, p.b, p.s, p.h, p.e, M));
     check(tensor_map(k, p.k, p.dtype, p.b, p.t, p.g, p.d, N));
     check(tensor_map(v, p.v, p.dtype, p.b, p.t, p.g, p.e, N));
-    check(tensor_map(dk, p.dk, p.dtype, p.b, p.t, p.g, p.d, 64));
-    check(tensor_map(dv, p.dv, p.dtype, p.b, p.t, p.g, p.e, 64));
+    check(tensor_map(dk, p.dk, p.dtype, p.b, p.t, p.g, p.d, K::kStoreRows));
+    check(tensor_map(dv, p.dv, p.dtype, p.b, p.t, p.g, p.e, K::kStoreRows));
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem));
     if (error != cudaSuccess) return error;
     kernel<<<static_cast<unsigned>(blocks), K::kThreads, K::kSmem, stream>>>(q, k, v, dout, dk, dv,

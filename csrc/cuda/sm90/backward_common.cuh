@@ -91,11 +91,8 @@ struct BackwardProducer {
         bulk_load(numbers + s * M * 4, from + ((long long)tile.b * a.p.h + h) * a.rows + m * M,
                   M * 4, full + 8 * s);
       };
-      auto put_q = [&] { put(mq, x.q, x.lse, x.q_empty, packed ? x.q_raw : x.q_full, a.lse2); };
-      // A kernel frees first what it loads first.
-      if (K::kQFirst) put_q();
+      put(mq, x.q, x.lse, x.q_empty, packed ? x.q_raw : x.q_full, a.lse2);
       put(mdo, x.o, x.delta, x.o_empty, kScore || a.clean ? x.o_raw : x.o_full, a.delta);
-      if (!K::kQFirst) put_q();
       if (++m == tile.blocks.end) m = tile.blocks.begin, h++;
     }
   }

@@ -12,11 +12,11 @@ namespace flashjax::sm90 {
 
 template <bool F16, int D, int M, int N, int kOptions>
 struct Backward {
-  static constexpr int kM = M, kN = N, kStages = 2, kChunks = D / 64, kThreads = 384;
+  static constexpr int kM = M, kN = N, kStages = 2, kChunks = D / 64, kThreads = 384,
+                       kStoreRows = 64;
   static constexpr int kConsumerRegs = D == 128 && (kOptions & kBackwardScores) ? 240 : 232,
                        kProducerRegs = kConsumerRegs == 240 ? 24 : 40;
   static constexpr bool kMask = kOptions & kBackwardMasks, kScore = kOptions & kBackwardScores;
-  static constexpr bool kQFirst = true;
   // How dQ (M x D) is split over the two warpgroups: by rows, or by columns.
   static constexpr bool kByRows = M == 128;
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kDsBytes = M * N * 2,

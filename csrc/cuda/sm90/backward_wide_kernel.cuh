@@ -1,11 +1,11 @@
-// The backward for sm_90a at head dims over 128. One CTA owns N = 64 keys of one key head, and
-// loops over the query heads of the group and over tiles of M = 128 queries. Warpgroup 0 produces:
+// The backward for sm_90a at head dims over 128. One CTA owns N = 80 keys of one key head, and
+// loops over the query heads of the group and over tiles of M = 64 queries. Warpgroup 0 produces:
 // warp 0 loads (TMA), warp 1 clears dO rows of queries that saw nothing. Warpgroups 1 and 2:
-//   S = Q K', dP = dO V' of their own 64 queries; P and dS go to shared memory, and dS stays in
-//   registers too; dV += P' dO and dK += dS' Q over all 128 queries, for their own half of the
-//   columns; dQ = dS K of their own queries, a half of the columns at a time, added to memory from
-//   registers.
-// Q and dO have one stage: they are loaded under dK and dQ. See docs/kernels/sm90-backward.md.
+//   S = Q K', dP = dO V' for a half of the keys; P and dS go to shared memory as keys x queries;
+//   dV' += dO' P, dK' += Q' dS and dQ = dS K for a half of the columns. dQ is added to memory from
+//   registers, at 16 bytes a clock: as long as all the matrix work takes. So the warpgroups do it
+//   in turns: the late one adds dQ of a step while the early one computes the scores of the next.
+// Pipeline, barriers, registers and shared memory: docs/kernels/sm90-backward.md.
 #pragma once
 #include "backward_common.cuh"
 
@@ -13,24 +13,29 @@ namespace flashjax::sm90 {
 
 template <bool F16, int D, int M, int N, int kOptions>
 struct WideBackward {
-  static constexpr int kM = M, kN = N, kStages = 1, kChunks = D / 64, kHalf = D / 2, kThreads = 384;
+  static constexpr int kM = M, kN = N, kStages = 1, kChunks = D / 64, kThreads = 384,
+                       kStoreRows = N;
   static constexpr bool kMask = kOptions & kBackwardMasks, kScore = kOptions & kBackwardScores;
-  static constexpr bool kByRows = true, kQFirst = false;
+  static constexpr bool kByRows = false;
   static constexpr int kConsumerRegs = 240, kProducerRegs = 24;
+  static constexpr int kOwn = N / 2;  // keys whose scores a warpgroup computes
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kPBytes = M * N * 2;
-  static constexpr int kSmem = 2 * kKBytes + 2 * kQBytes + 2 * kPBytes + 2 * M * 4 + 128 + 1024;
-  static_assert(D == 256 && M == 128 && N == 64);
+  static constexpr int kPieces = 3, kPieceBytes = M * 64 * 4;  // of dQ, on their way to memory
+  static constexpr int kSmem =
+      2 * kKBytes + 2 * kQBytes + 3 * kPBytes + kPieces * kPieceBytes + 2 * M * 4 + 128 + 1024;
+  static_assert(D == 256 && M == 64 && N % 16 == 0 && kOwn % 8 == 0);
   static constexpr int kBarDs = 1, kBarEnd = 2, kBarStore = 3;  // named barriers
 
   struct Layout {
-    u32 k, v, q, o, p, ds, lse, delta, kv_full, q_full, q_empty, o_full, o_empty, o_raw, q_raw,
-        kv_raw;
+    u32 k, v, q, o, p, ds, dq, lse, delta;
+    u32 kv_full, kv_raw, q_full, q_empty, q_raw, o_full, o_empty, o_raw, dq_full, dq_empty;
     DI explicit Layout(u32 base) {
       k = base, v = k + kKBytes, q = v + kKBytes, o = q + kQBytes, p = o + kQBytes,
-      ds = p + kPBytes;
-      lse = ds + kPBytes, delta = lse + M * 4, kv_full = delta + M * 4;
-      q_full = kv_full + 8, q_empty = q_full + 8, o_full = q_empty + 8, o_empty = o_full + 8,
-      o_raw = o_empty + 8, q_raw = o_raw + 8, kv_raw = q_raw + 8;
+      ds = p + kPBytes, dq = ds + 2 * kPBytes;
+      lse = dq + kPieces * kPieceBytes, delta = lse + M * 4, kv_full = delta + M * 4;
+      kv_raw = kv_full + 8, q_full = kv_raw + 8, q_empty = q_full + 8, q_raw = q_empty + 8;
+      o_full = q_raw + 8, o_empty = o_full + 8, o_raw = o_empty + 8, dq_full = o_raw + 8;
+      dq_empty = dq_full + 8 * kPieces;
     }
   };
 
@@ -41,19 +46,51 @@ struct WideBackward {
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
     const KeyTile tile = key_tile<M, N, kScore>(a, blockIdx.x);
-    if (threadIdx.x == 0) BackwardProducer<WideBackward>::init(x, a.clean);
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < kPieces; i++)
+        mb_init(x.dq_full + 8 * i, 4), mb_init(x.dq_empty + 8 * i, 1);
+      BackwardProducer<WideBackward>::init(x, a.clean);
+    }
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
       const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
       if (threadIdx.x == 0)
         BackwardProducer<WideBackward>::load(mq, mk, mv, mdo, a, x, tile);
-      else if (warp == 1 && a.clean)
+      else if (threadIdx.x == 32)
+        add_dq(a, x, tile);
+      else if (warp == 2 && a.clean)
         BackwardProducer<WideBackward>::clean(p, x, tile);
     } else {
       reg_inc<kConsumerRegs>();
       compute(mdk, mdv, a, x, tile, wg - 1);
     }
+  }
+
+  // Piece i of dQ: columns (i % 4) * 64 % 256 + ... of step i / 4.
+  static DI void add_dq(const BackwardArgs& a, const Layout& x, const KeyTile& tile) {
+    u32 i = 0;
+#pragma unroll 1
+    for (int h = tile.first_head; h < tile.first_head + tile.heads; h++) {
+      float* dst = a.dq + (((long long)tile.b * a.p.h + h) * a.rows + tile.blocks.begin * M) * D;
+#pragma unroll 1
+      for (int m = tile.blocks.begin; m < tile.blocks.end; m++, dst += M * D) {
+#pragma unroll 1
+        for (int part = 0; part < 4; part++, i++) {  // of warpgroup 1, 2, 1, 2
+          const u32 s = i % kPieces;
+          mb_wait(x.dq_full + 8 * s, i / kPieces & 1);
+          bulk_add_f32(dst + (part % 2 * 2 + part / 2) * (M * 64), x.dq + s * kPieceBytes,
+                       kPieceBytes);
+          bulk_commit();
+          if (i > 0) {
+            bulk_wait_read<1>();
+            mb_arrive(x.dq_empty + 8 * ((i - 1) % kPieces));
+          }
+        }
+      }
+    }
+    bulk_wait<0>();
   }
 
   static DI void compute(const TMap& mdk, const TMap& mdv, const BackwardArgs& a, const Layout& x,
@@ -63,183 +100,219 @@ struct WideBackward {
     const int n = tile.n, b = tile.b;
     const int tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
     const bool elect = tid == 0;
-    float dk[kHalf / 2], dv[kHalf / 2];
+    float dk[2][N / 2], dv[2][N / 2];
 #pragma unroll
-    for (int i = 0; i < kHalf / 2; i++) dk[i] = 0.f, dv[i] = 0.f;
-    // Descriptors: own queries as A, K-major; keys as B, K-major; P' and dS' as A, and own columns
-    // as B, MN-major.
-    const u32 a_q = desc_lo(x.q + cw * 8192, 16), a_o = desc_lo(x.o + cw * 8192, 16);
-    const u32 b_k = desc_lo(x.k, 16), b_v = desc_lo(x.v, 16);
-    const u32 t_p = desc_lo(x.p, 16), t_ds = desc_lo(x.ds, 16);
-    const u32 t_q = desc_lo(x.q + cw * (kChunks / 2) * M * 128, M * 128);
-    const u32 t_o = desc_lo(x.o + cw * (kChunks / 2) * M * 128, M * 128);
-    const u32 t_k = desc_lo(x.k, N * 128);
+    for (int i = 0; i < N / 2; i++) dk[0][i] = dk[1][i] = dv[0][i] = dv[1][i] = 0.f;
+    // Descriptors: queries as A and own keys as B, K-major; own columns of dO' and Q' as A,
+    // MN-major; P and dS as B of dV' and dK'; dS as A of dQ, and own columns of K as B, MN-major.
+    const int own = cw * (kChunks / 2);  // first chunk of own columns
+    const u32 a_q = desc_lo(x.q, 16), a_o = desc_lo(x.o, 16);
+    const u32 b_k = desc_lo(x.k + cw * kOwn * 128, 16), b_v = desc_lo(x.v + cw * kOwn * 128, 16);
+    const u32 t_q = desc_lo(x.q + own * M * 128, 16), t_o = desc_lo(x.o + own * M * 128, 16);
+    const u32 b_p = desc_lo(x.p, 16), b_ds = desc_lo(x.ds, 16);
+    const u32 t_k = desc_lo(x.k + own * N * 128, 16);
+    // This lane's address for stmatrix.trans in a tile of keys x queries (or keys x 64 columns).
+    const u32 to = (lane & 7) * 128 + (lane >> 4) * 1024 +
+                   (((warp * 2 + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
     const int local =
-        cw * 64 + warp * 16 + (lane >> 2);  // this thread's rows of the tile: local and local + 8
-    const int rr = (lane & 7) + ((lane >> 3) & 1) * 8;  // stmatrix row
-    const u32 to_row = (cw * 64 + warp * 16 + rr) * 128;
-    const int c0 = n * N + 2 * (lane & 3);  // this thread's keys: c0 + 8 j + {0, 1}
+        warp * 16 + (lane >> 2);  // this thread's rows of the tile: local and local + 8
+    const int c0 = n * N + cw * kOwn + 2 * (lane & 3);  // this thread's keys: c0 + 8 j + {0, 1}
     const bool tail = (n + 1) * N > p.t;
     const float sl2 = p.scale * kLog2E;
     const int steps = tile.steps();
     int m = blocks.begin, h = tile.first_head;
-    mb_wait(x.kv_full, 0);
-#pragma unroll 1
-    for (int it = 0; it < steps; it++) {
-      const u32 ph = it & 1;
-      float st[N / 2], dp[N / 2];
-      u32 pp[N / 4], ds[N / 4];
-      mb_wait(x.q_full, ph);
+    float st[kOwn / 2];
+    auto issue_s = [&](int it) {
+      mb_wait(x.q_full, it & 1);
       pin(st);
       wg_fence();
 #pragma unroll
       for (int k = 0; k < D / 16; k++)  // S = Q K'
-        Wgmma<N, F16>::template ss<0, 0>(st, desc(a_q + (((k / 4) * M * 128 + (k % 4) * 32) >> 4)),
-                                         desc(b_k + (((k / 4) * N * 128 + (k % 4) * 32) >> 4)),
-                                         k > 0);
+        Wgmma<kOwn, F16>::template ss<0, 0>(
+            st, desc(a_q + (((k / 4) * M * 128 + (k % 4) * 32) >> 4)),
+            desc(b_k + (((k / 4) * N * 128 + (k % 4) * 32) >> 4)), k > 0);
       wg_commit();
-      auto issue_dp = [&]() {
-        mb_wait(x.o_full, ph);
-        pin(dp);
-        wg_fence();
+    };
+    // P or dS of own keys, 16 at a time, to shared memory as keys x queries.
+    auto put = [&](u32 tile, const u32(&w)[kOwn / 4], int k) {
+      const u32 at = tile + cw * kOwn * 128 + to + k * 2048;
+      if (k < kOwn / 16)
+        stmatrix4_trans(at, w[4 * k], w[4 * k + 1], w[4 * k + 2], w[4 * k + 3]);
+      else
+        stmatrix2_trans(at, w[4 * k], w[4 * k + 1]);
+    };
+    constexpr int kPuts = (kOwn + 15) / 16;
+    auto issue_dq = [&](float (&dq)[32], int it, int part) {
+      pin(dq);
+      wg_fence();
 #pragma unroll
-        for (int k = 0; k < D / 16; k++)  // dP = dO V'
-          Wgmma<N, F16>::template ss<0, 0>(
-              dp, desc(a_o + (((k / 4) * M * 128 + (k % 4) * 32) >> 4)),
-              desc(b_v + (((k / 4) * N * 128 + (k % 4) * 32) >> 4)), k > 0);
-        wg_commit();
-      };
-      if constexpr (kScore) {  // branches follow, and ptxas serialises what is in flight across
-                               // them
-        wg_wait<0>();
-      } else {
-        issue_dp();
-        wg_wait<1>();
-      }
+      for (int k = 0; k < N / 16; k++)  // dQ = dS K
+        Wgmma<64, F16>::template ss<1, 1>(dq, desc(b_ds + ((it % 2 * kPBytes + k * 2048) >> 4)),
+                                          desc(t_k + ((part * N * 128 + k * 2048) >> 4)), k > 0);
+      wg_commit();
+    };
+    auto stage_dq = [&](const float (&dq)[32], int it, int part) {
+      const u32 i = it * 4 + part * 2 + cw, s = i % kPieces;
+      mb_wait(x.dq_empty + 8 * s, ~(i / kPieces) & 1);
+#pragma unroll
+      for (int i = 0; i < 32; i += 4)
+        store_shared4(x.dq + s * kPieceBytes + (i * 128 + tid * 4) * 4, dq[i], dq[i + 1], dq[i + 2],
+                      dq[i + 3]);
+      fence_async();
+      __syncwarp();
+      if (lane == 0) mb_arrive(x.dq_full + 8 * s);
+    };
+    mb_wait(x.kv_full, 0);
+    if (steps > 0) {
+      issue_s(0);
+      wg_wait<0>();
       pin(st);
-      const int row0 = m * M + local;
-      const float lse[2] = {load_shared(x.lse + local * 4), load_shared(x.lse + local * 4 + 32)};
-      if (tail || (kMask && blocks.masked(m))) {
+      int it = 0;
+#pragma unroll 1
+      do {
+        float dp[kOwn / 2];
+        u32 pp[kOwn / 4], ds[kOwn / 4];
+        wg_wait<0>();
+        pin(st);
+        auto issue_dp = [&]() {
+          pin(dp);
+          wg_fence();
 #pragma unroll
-        for (int hh = 0; hh < 2; hh++) {
-          const int at = row0 + 8 * hh + p.diagonal;
-          int least = -1, most = p.t - 1;
-          if (kMask && p.right >= 0) most = min(most, at + p.right);
-          if (kMask && p.left >= 0) least = at - p.left - c0;
-          mask_row(st, hh, least, most - c0);
-          if (kScore && p.segment_q)
-            mask_segment(st, hh, p.segment_q[(long long)b * p.s + min(row0 + 8 * hh, p.s - 1)],
-                         p.segment_k + (long long)b * p.t, c0, p.t);
-        }
-      }
-      if constexpr (kScore) {  // P = exp(score - lse); what goes on to dS also has the derivative
-                               // of the cap
-        const Scores<F16> score(p, b, 0, h, p.diagonal);
-        const char* rows[2] = {score.row(row0), score.row(row0 + 8)};
-#pragma unroll
-        for (int j = 0; j < N / 8; j++) {
+          for (int k = 0; k < D / 16; k++)  // dP = dO V'
+            Wgmma<kOwn, F16>::template ss<0, 0>(
+                dp, desc(a_o + (((k / 4) * M * 128 + (k % 4) * 32) >> 4)),
+                desc(b_v + (((k / 4) * N * 128 + (k % 4) * 32) >> 4)), k > 0);
+          wg_commit();
+        };
+        // P may be overwritten: dO is here, and so both warpgroups are past dV of the step before.
+        mb_wait(x.o_full, it & 1);
+        if constexpr (!kScore) issue_dp();  // else branches follow, and ptxas serialises
+        const int row0 = m * M + local;
+        const u32 lse_at = x.lse + local * 4;
+        const float lse[2] = {load_shared(lse_at), load_shared(lse_at + 32)};
+        if (tail || (kMask && blocks.masked(m))) {
 #pragma unroll
           for (int hh = 0; hh < 2; hh++) {
-            const int i = 4 * j + 2 * hh;
-            float w[2], bend[2] = {1.f, 1.f};
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-              float y = score(st[i + e], rows[hh], row0 + 8 * hh, c0 + 8 * j + e, &bend[e]);
-              w[e] = st[i + e] == -infinity() ? 0.f : ex2(y * kLog2E - lse[hh]);
-              st[i + e] = w[e] * bend[e];
-            }
-            pp[i / 2] = pack<F16>(w[0], w[1]);
+            const int at = row0 + 8 * hh + p.diagonal;
+            int least = -1, most = p.t - 1;
+            if (kMask && p.right >= 0) most = min(most, at + p.right);
+            if (kMask && p.left >= 0) least = at - p.left - c0;
+            mask_row(st, hh, least, most - c0);
+            if (kScore && p.segment_q)
+              mask_segment(st, hh, p.segment_q[(long long)b * p.s + min(row0 + 8 * hh, p.s - 1)],
+                           p.segment_k + (long long)b * p.t, c0, p.t);
           }
-          asm volatile("" ::
-                           : "memory");  // or all loads of a bias come first, in more registers
-                                         // than there are
         }
-        issue_dp();
-      } else {
+        if constexpr (kScore) {  // P = exp(score - lse); what goes on to dS also has the derivative
+                                 // of the cap
+          const Scores<F16> score(p, b, 0, h, p.diagonal);
+          const char* rows[2] = {score.row(row0), score.row(row0 + 8)};
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) st[i] = ex2(st[i] * sl2 - lse[i / 2 % 2]);
+          for (int j = 0; j < kOwn / 8; j++) {
 #pragma unroll
-        for (int i = 0; i < N / 4; i++) pp[i] = pack<F16>(st[2 * i], st[2 * i + 1]);
-      }
+            for (int hh = 0; hh < 2; hh++) {
+              const int i = 4 * j + 2 * hh;
+              float w[2], bend[2] = {1.f, 1.f};
 #pragma unroll
-      for (int k = 0; k < N / 16; k++)
-        stmatrix4(x.p + to_row + (((2 * k + (lane >> 4)) ^ (rr & 7)) << 4), pp[4 * k],
-                  pp[4 * k + 1], pp[4 * k + 2], pp[4 * k + 3]);
-      wg_wait<0>();
-      pin(dp);
-      const float delta[2] = {load_shared(x.delta + local * 4),
-                              load_shared(x.delta + local * 4 + 32)};
+              for (int e = 0; e < 2; e++) {
+                float y = score(st[i + e], rows[hh], row0 + 8 * hh, c0 + 8 * j + e, &bend[e]);
+                w[e] = st[i + e] == -infinity() ? 0.f : ex2(y * kLog2E - lse[hh]);
+                st[i + e] = w[e] * bend[e];
+              }
+              pp[i / 2] = pack<F16>(w[0], w[1]);
+            }
+            if (j % 2 || j == kOwn / 8 - 1) put(x.p, pp, j / 2);
+            asm volatile("" ::
+                             : "memory");  // or all loads of a bias come first, in more registers
+                                           // than there are
+          }
+          issue_dp();
+        } else {
 #pragma unroll
-      for (int i = 0; i < N / 4; i++)  // dS = P * (dP - delta)
-        ds[i] = pack<F16>(st[2 * i] * (dp[2 * i] - delta[i % 2]),
-                          st[2 * i + 1] * (dp[2 * i + 1] - delta[i % 2]));
+          for (int i = 0; i < kOwn / 2; i++) st[i] = ex2(st[i] * sl2 - lse[i / 2 % 2]);
 #pragma unroll
-      for (int k = 0; k < N / 16; k++)
-        stmatrix4(x.ds + to_row + (((2 * k + (lane >> 4)) ^ (rr & 7)) << 4), ds[4 * k],
-                  ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3]);
-      // Both P and dS of all queries are there after this barrier; they may be overwritten once Q
-      // is, for Q is loaded again only when both warpgroups are past dV and dK.
-      fence_async();
-      bar_sync(kBarDs, 256);
-      pin(dv);
-      wg_fence();
+          for (int i = 0; i < kOwn / 4; i++) pp[i] = pack<F16>(st[2 * i], st[2 * i + 1]);
 #pragma unroll
-      for (int k = 0; k < M / 16; k++)  // dV += P' dO
-        Wgmma<kHalf, F16>::template ss<1, 1>(dv, desc(t_p + ((k * 2048) >> 4)),
-                                             desc(t_o + ((k * 2048) >> 4)), 1);
-      wg_commit();
-      pin(dk);
-      wg_fence();
+          for (int k = 0; k < kPuts; k++) put(x.p, pp, k);
+        }
+        wg_wait<0>();
+        pin(dp);
+        const float delta[2] = {load_shared(x.delta + local * 4),
+                                load_shared(x.delta + local * 4 + 32)};
 #pragma unroll
-      for (int k = 0; k < M / 16; k++)  // dK += dS' Q
-        Wgmma<kHalf, F16>::template ss<1, 1>(dk, desc(t_ds + ((k * 2048) >> 4)),
-                                             desc(t_q + ((k * 2048) >> 4)), 1);
-      wg_commit();
-      float dq[kHalf / 2];
-      auto issue_dq = [&](int half) {
+        for (int i = 0; i < kOwn / 4; i++)  // dS = P * (dP - delta)
+          ds[i] = pack<F16>(st[2 * i] * (dp[2 * i] - delta[i % 2]),
+                            st[2 * i + 1] * (dp[2 * i + 1] - delta[i % 2]));
+#pragma unroll
+        for (int k = 0; k < kPuts; k++) put(x.ds + it % 2 * kPBytes, ds, k);
+        fence_async();
+        bar_sync(kBarDs, 256);
+        auto issue_dv = [&] {
+          pin(dv[0]), pin(dv[1]);
+          wg_fence();
+#pragma unroll
+          for (int k = 0; k < M / 16; k++)  // dV' += dO' P
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+              Wgmma<N, F16>::template ss<1, 0>(dv[i], desc(t_o + ((i * M * 128 + k * 2048) >> 4)),
+                                               desc(b_p + ((k * 32) >> 4)), 1);
+          wg_commit();
+        };
+        auto issue_dk = [&] {
+          pin(dk[0]), pin(dk[1]);
+          wg_fence();
+#pragma unroll
+          for (int k = 0; k < M / 16; k++)  // dK' += Q' dS
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+              Wgmma<N, F16>::template ss<1, 0>(dk[i], desc(t_q + ((i * M * 128 + k * 2048) >> 4)),
+                                               desc(b_ds + ((it % 2 * kPBytes + k * 32) >> 4)), 1);
+          wg_commit();
+        };
+        float dq[32];
+        issue_dk();
+        issue_dv();
+        issue_dq(dq, it, 0);
+        wg_wait<2>();
+        pin(dk[0]), pin(dk[1]);
+        if (elect) mb_arrive(x.q_empty);
+        wg_wait<1>();
+        pin(dv[0]), pin(dv[1]);
+        if (elect) mb_arrive(x.o_empty);
+        wg_wait<0>();
         pin(dq);
-        wg_fence();
-#pragma unroll
-        for (int k = 0; k < N / 16; k++)  // dQ = dS K
-          Wgmma<kHalf, F16>::template rs<1>(
-              dq, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3],
-              desc(t_k + ((half * (kChunks / 2) * N * 128 + k * 2048) >> 4)), k > 0);
-        wg_commit();
-      };
-      float* dst = a.dq + (((long long)b * p.h + h) * a.rows + (long long)m * M) * D +
-                   cw * (M * D / 2) + tid * 4;
-      auto add_dq = [&](int half) {
-#pragma unroll
-        for (int i = 0; i < kHalf / 2; i += 4)
-          add_global4(dst + half * (64 * kHalf) + i * 128, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
-      };
-      issue_dq(0);
-      wg_wait<2>();
-      pin(dv);
-      if (elect) mb_arrive(x.o_empty);
-      wg_wait<1>();
-      pin(dk);
-      if (elect) mb_arrive(x.q_empty);
+        stage_dq(dq, it, 0);
+        issue_dq(dq, it, 1);
+        wg_wait<0>();
+        pin(dq);
+        issue_s(it + 1 < steps ? it + 1 : it);
+        stage_dq(dq, it, 1);
+        if (++m == blocks.end) m = blocks.begin, h++;
+      } while (++it < steps);
       wg_wait<0>();
-      pin(dq);
-      add_dq(0);
-      issue_dq(1);
-      wg_wait<0>();
-      pin(dq);
-      add_dq(1);
-      if (++m == blocks.end) m = blocks.begin, h++;
+      pin(st);
     }
-    // dV over V and dK over K, own half of the columns, once nobody reads them; the store clips
+    // dV' over V and dK' over K, own half of the columns, once nobody reads them; the store clips
     // rows and columns.
     bar_sync(kBarEnd, 256);
-    const u32 half = cw * (kChunks / 2) * N * 128;
-    put_rows<F16>(dv, x.v + half, N * 128, warp * 16 + rr, 1.f);
-    put_rows<F16>(dk, x.k + half, N * 128, warp * 16 + rr, p.scale);
+    auto finish = [&](const float (&d)[2][N / 2], u32 tile, float f) {
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < N / 16; j++)
+          stmatrix4_trans(tile + (own + i) * N * 128 + to + j * 2048,
+                          pack<F16>(d[i][8 * j] * f, d[i][8 * j + 1] * f),
+                          pack<F16>(d[i][8 * j + 2] * f, d[i][8 * j + 3] * f),
+                          pack<F16>(d[i][8 * j + 4] * f, d[i][8 * j + 5] * f),
+                          pack<F16>(d[i][8 * j + 6] * f, d[i][8 * j + 7] * f));
+    };
+    finish(dv, x.v, 1.f);
+    finish(dk, x.k, p.scale);
     fence_async();
     bar_sync(kBarStore + cw, 128);
     if (elect) {
 #pragma unroll
-      for (int c = cw * (kChunks / 2); c < (cw + 1) * (kChunks / 2); c++) {
+      for (int c = own; c < own + kChunks / 2; c++) {
         tma_store(&mdv, x.v + c * N * 128, c * 64, n * N, tile.g, b);
         tma_store(&mdk, x.k + c * N * 128, c * 64, n * N, tile.g, b);
       }

@@ -170,6 +170,11 @@ DI void stmatrix4_trans(u32 a, u32 r0, u32 r1, u32 r2, u32 r3) {
                "r"(r0), "r"(r1), "r"(r2), "r"(r3)
                : "memory");
 }
+DI void stmatrix2_trans(u32 a, u32 r0, u32 r1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(a), "r"(r0),
+               "r"(r1)
+               : "memory");
+}
 DI void ldmatrix4(u32 a, u32& r0, u32& r1, u32& r2, u32& r3) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3)
