@@ -13,6 +13,7 @@ import datetime
 import functools
 import json
 import pathlib
+import re
 import sys
 
 from bench.cells import Cell
@@ -170,7 +171,9 @@ def main():
         "versions": versions(impls),
         "csrc_tree": csrc_tree(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python -m bench.accuracy --out out/accuracy.json",
+        "command": re.sub(
+            r"--out[ =]\S+", "--out out/accuracy.json", " ".join(["python -m bench.accuracy", *sys.argv[1:]])
+        ),
         "absent": absent,
         "skipped": [],
         "rows": [],
