@@ -4,6 +4,7 @@ Letters as everywhere: b batch, s query length, t key length, h query heads, g k
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -54,6 +55,16 @@ class Cell:
         if self.mask == "causal":  # a few queries at the end of a long cache
             return self.s * self.t - self.s * (self.s - 1) / 2
         return float(self.s * self.t)
+
+    def blocks(self, tile: int = 128) -> int:
+        """Tiles of queries x keys in which the mask leaves something, per head and batch entry (s = t)."""
+        lengths = self.lengths or (self.s,)
+        if self.mask == "full":
+            return sum(math.ceil(length / tile) ** 2 for length in lengths)
+        reach = self.window if self.mask == "window" else self.s
+        return sum(
+            row // tile - max(0, row - reach) // tile + 1 for length in lengths for row in range(0, length, tile)
+        )
 
     def flops(self) -> float:
         """Of the two products forward, five backward: 2 (d + e) and 2 (3 d + 2 e) a pair. With d = e, 4 d and 10 d."""

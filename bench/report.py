@@ -121,8 +121,35 @@ def verdicts(faster, mode) -> list[tuple[str, bool]]:
     return found
 
 
+def against_dense(result, mode) -> str:
+    """The rate on the blocks that a mask leaves, relative to the causal cell of the same shape."""
+    cells = {cell.id: cell for suite in SUITES.values() for cell in suite}
+    ours = {case: impls[OURS] for case, impls in by_case(result, mode).items() if OURS in impls and case in cells}
+    shape = ("dtype", "b", "s", "t", "h", "g", "d", "e")
+    rates = {case: cells[case].blocks() / row["ms_median"] for case, row in ours.items() if row["s"] == row["t"]}
+    dense = {tuple(ours[case][key] for key in shape): rate for case, rate in rates.items() if "-causal" in case[-7:]}
+    parts = []
+    for case, rate in rates.items():
+        causal = dense.get(tuple(ours[case][key] for key in shape))
+        if causal and cells[case].mask in ("window", "segments"):
+            parts.append(f"{problem(ours[case])[-1]} {rate / causal:.2f}x")
+    return f"On the blocks of 128 x 128 that a mask leaves, against causal: {', '.join(parts)}." if parts else ""
+
+
+def of_matmul(result, mode) -> str:
+    """The largest rate under each mask as a share of the matrix product of the same run."""
+    if mode not in ("fwd", "bwd") or not result["ceilings"]["matmul_tflops"] >= 1:  # a GPU's
+        return ""
+    best = {}
+    for row in result["rows"]:
+        if row["mode"] == mode and row["impl"] == OURS and row["mask"] in ("full", "causal") and row["d"] == 128:
+            best[row["mask"]] = max(best.get(row["mask"], 0.0), row["tflops"])
+    shares = ", ".join(f"{x} {100 * rate / result['ceilings']['matmul_tflops']:.0f} %" for x, rate in best.items())
+    return f"At most, at d = 128, of the rate of the matrix product: {shares}." if best else ""
+
+
 def tables(result) -> str:
-    parts = [mode_table(result, mode) for mode in MODES]
+    parts = [f(result, mode) for mode in MODES for f in (mode_table, of_matmul, against_dense)]
     return "\n\n".join(part for part in parts if part)
 
 
