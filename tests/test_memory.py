@@ -111,3 +111,32 @@ def test_more_than_2_to_31_elements(compiled):
     cache = fill(last)
     check(cache)
     check(cut(cache), page_table=jnp.arange(t // page, dtype=jnp.int32)[None])
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.skipif(not ON_GPU, reason="needs 60 GB")
+def test_every_array_of_more_than_2_to_31_elements(s=1 << 16, h=88, compiled="cuda"):
+    """The last of three batch entries, whose offsets an int32 does not hold, is as it is alone."""
+    d, gains = 128, jnp.asarray([1, -0.5, 2], jnp.bfloat16)[:, None, None, None]
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def operand(gains, seed):
+        return gains * jax.random.normal(jax.random.key(seed), (1, s, h, d), jnp.bfloat16)
+
+    @jax.jit
+    def attend(q, k, v, dout):
+        f = functools.partial(flashjax.flash_mha, window_size=(127, 0), implementation=compiled)
+        out, vjp = jax.vjp(f, q, k, v)
+        return [out, *vjp(dout)]
+
+    @jax.jit
+    def distance(x, y):
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jnp.abs(x - y).max() / jnp.abs(y).max()
+
+    whole = attend(*(operand(gains, seed) for seed in range(4)))
+    alone = attend(*(operand(gains[-1:], seed) for seed in range(4)))
+    for name, x, y in zip(("out", "dq", "dk", "dv"), whole, alone, strict=True):
+        assert s < 1 << 16 or x.size > 2**31
+        assert distance(x[-1:], y) <= (0 if name == "out" else 0.01), name
