@@ -51,6 +51,8 @@ def _cases():
     yield case(
         "many-sequences", "more sequences than the prefix sum has entries", b=600, t=64, lengths=(0, 5, 64) * 200
     )
+    lengths = tuple(int(x) for x in np.random.default_rng(0).integers(2000, 3001, 120))
+    yield case("drawn", "enough for shares that are drawn", b=120, t=3000, lengths=lengths, d=64, s=2, h=4)
     for page in (16, 64, 128, 256, 48, 5, 1):
         t = page * -(-600 // page)
         yield case(f"page-{page}", "boxes of pages", t=t, page=page, lengths=(*RAGGED[:-1], t), s=2, causal=True)
