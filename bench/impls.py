@@ -17,6 +17,12 @@ import numpy as np
 from bench.cells import Cell
 
 CHAIN = 64  # calls in one program in mode "chain"
+STEPS = 8  # likewise in mode "decode", as a decoding program has them, where out has the shape of q
+
+
+def steps_of(cell: Cell) -> int:
+    """Decode steps in one program: each takes the result of the last as its queries."""
+    return STEPS if cell.mode == "decode" and cell.d == cell.e else 1
 
 
 @functools.lru_cache(maxsize=8)
@@ -82,7 +88,13 @@ class Jax:
 
         if cell.mode == "decode":
             f, arrays = self.decode(cell)
-            call = functools.partial(jax.jit(f), *arrays)
+
+            def steps(q, *rest):
+                for _ in range(steps_of(cell)):
+                    q = f(q, *rest)
+                return q
+
+            call = functools.partial(jax.jit(steps), *arrays)
         elif cell.mode == "chain":
             f, more = self.function(dataclasses.replace(cell, mode="fwd"))
             q, k, v = self.inputs(cell)
@@ -135,7 +147,7 @@ class Flashjax(Jax):
             return lambda q, k, v, ids: self.module.flash_mha(q, k, v, segment_ids=ids, is_causal=True), [ids]
         return lambda q, k, v: self.module.flash_mha(q, k, v, **options), []
 
-    def decode(self, cell):
+    def decode(self, cell, **options):
         import jax.numpy as jnp
 
         q, k, v = self.inputs(cell)
@@ -147,7 +159,7 @@ class Flashjax(Jax):
             k, v = (x.reshape(cell.b * pages, cell.page, *x.shape[2:]) for x in (k, v))
         causal = cell.mask == "causal"
         return (
-            lambda q, k, v, more: self.module.flash_mha_with_kvcache(q, k, v, is_causal=causal, **more),
+            lambda q, k, v, more: self.module.flash_mha_with_kvcache(q, k, v, is_causal=causal, **options, **more),
             [q, k, v, more],
         )
 
@@ -257,8 +269,8 @@ class Kyutai(Jax):
         return lambda q, k, v: self.module.flash_mha(q, k, v, **options), []
 
     def decode(self, cell):
-        f, arrays = Flashjax.decode(self, cell)
-        return f, arrays
+        """Its default is not to split the keys; here as often as makes a block for each of 132 multiprocessors."""
+        return Flashjax.decode(self, cell, num_splits=max(1, min(32, 132 // (cell.b * cell.g))))
 
 
 class Torch:

@@ -21,7 +21,7 @@ import time
 
 from bench import timing
 from bench.cells import SUITES, Cell
-from bench.impls import CHAIN, IMPLS, PEERS
+from bench.impls import CHAIN, IMPLS, PEERS, steps_of
 
 PACKAGES = {
     "torch-sdpa-cpu": ["torch"],
@@ -179,6 +179,8 @@ def main():
                 result["skipped"].append({"case": cell.id, "impl": name, "why": why})
         with timing.ClockMonitor() as clocks:
             measured = timing.interleaved(runs, args.repeat, args.min_burst, pause=pause)
+        for times in measured.values():  # a program may hold several decode steps
+            times.update({key: times[key] / steps_of(cell) for key in ("ms_median", "ms_min", "cpu_ms")})
         for name, times in measured.items():
             result["rows"].append(row(cell, name, times, clocks.summary()))
         shown = ", ".join(f"{name} {times['ms_median']:.4g} ms" for name, times in measured.items())
