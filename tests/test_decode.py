@@ -109,6 +109,25 @@ def test_decode(case, implementation):
         oracle.same_bits(x, y, "a second call")
 
 
+@pytest.mark.parametrize("page", [0, 16])
+def test_latent_cache(page):
+    """Absorbed multi-head latent attention: one key head of 576, whose first 512 features are the values.
+
+    Wider than any compiled kernel takes: the reference serves it.
+    """
+    case = Case("decode-latent", "", layout="cached", b=3, s=2, t=96, h=16, g=1, d=576, e=512, dtype="bfloat16",
+                lengths=(0, 33, 96), causal=True, page=page, scale=192**-0.5)  # fmt: skip
+    inputs = case.build()
+    inputs = dataclasses.replace(inputs, arrays=inputs.arrays | {"v_cache": inputs.arrays["k_cache"][..., :512]})
+
+    def call(arrays):
+        values = arrays["k_cache"][..., :512]
+        rest = arrays | inputs.options | {"v_cache": values, "return_softmax_lse": True}
+        return flashjax.flash_mha_with_kvcache(**rest)
+
+    check(case, inputs, jax.jit(call)(to_device(inputs.arrays)))
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 7, 1000])
 @pytest.mark.parametrize(
     "name", ["decode-page-16", "decode-sinks", "decode-many-rows"] if ON_GPU else ["decode-page-5"]

@@ -215,6 +215,32 @@ def test_scan_does_not_copy_the_cache(paged, compiled):
     assert not _copies(text, caches[0].size)
 
 
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("donated", [True, False])
+def test_memory_of_an_append(donated, paged, compiled):
+    """What a compiled step takes beside its arguments, caches of 2 GiB each: nothing of their size, if donated."""
+    b, t, g, d = 64, 16384, 8, 128
+
+    def struct(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    q, new = struct(b, 1, 4 * g, d), struct(b, 1, g, d)
+    cache = struct(b * t // 64, 64, g, d) if paged else struct(b, t, g, d)
+    table = {"page_table": struct(b, t // 64, dtype=jnp.int32)} if paged else {}
+    cos = struct(t, d // 2)
+
+    def step(q, k_cache, v_cache, k, v, lengths, cos, table):
+        return _append(compiled, q, k_cache, v_cache, k, v, lengths, rotary_cos=cos, rotary_sin=cos, **table)
+
+    call = jax.jit(step, donate_argnums=(1, 2) if donated else ())
+    executable = call.lower(q, cache, cache, new, new, struct(b, dtype=jnp.int32), cos, table).compile()
+    memory = executable.memory_analysis()
+    size = 2 * cache.size * 2
+    assert memory.alias_size_in_bytes == (size if donated else 0)
+    assert memory.output_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size / 16
+
+
 def test_without_update_the_cache_is_not_returned(implementation):
     """The new keys take part though nobody asked for the cache."""
     case = BY_ID["cached-append-chunk"]
