@@ -73,7 +73,8 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
     width = next(x for x in (64, 128, 256) if widest <= x)
     rows = -(-s // 128) * 128
     statistics = 4 * b * h * rows * (width + 2)  # dq in float32, and two numbers of each query
-    return statistics + documents * -(-arrays["k"].shape[1] // 64) + packed
+    counters = b * h * rows // 8 + 16  # 8 bytes for 64 queries
+    return statistics + counters + documents * -(-arrays["k"].shape[1] // 64) + packed
 
 
 def _partial_results_bytes(arrays: Arrays, attrs: Attrs) -> int:

@@ -40,21 +40,28 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   const int64_t rows = (p.s + 127) / 128 * 128, heads = p.b * p.h, nblocks = (p.t + N - 1) / N;
   const int64_t blocks = nblocks * p.g * p.b;
   if (heads == 0) return cudaSuccess;
-  if (blocks > INT32_MAX || p.s >= 1 << 29 || p.t >= 1 << 29 || p.h > 65535 || p.b > 65535)
+  if (blocks > INT32_MAX || p.s >= 1 << 29 || p.t >= 1 << 28 || p.h > 65535 || p.b > 65535)
     return cudaErrorInvalidConfiguration;
-  if (p.workspace_bytes < heads * rows * (D + 2) * 4) return cudaErrorInvalidValue;
+  const int64_t used = heads * rows * (D + 2) * 4 + heads * rows / 8 + 16;
+  if (p.workspace_bytes < used) return cudaErrorInvalidValue;
 
   BackwardArgs a{};
   a.p = problem(p);
   float* acc = static_cast<float*>(p.workspace);
   float *lse2 = acc + heads * rows * D, *delta = lse2 + heads * rows;
-  a.lse2 = lse2, a.delta = delta, a.dq = acc, a.rows = static_cast<int>(rows);
+  u64* visits = reinterpret_cast<u64*>(delta + heads * rows);
+  int* ticket = reinterpret_cast<int*>(visits + heads * rows / 64);
+  a.lse2 = lse2, a.delta = delta, a.acc = acc, a.rows = static_cast<int>(rows);
+  a.visits = visits, a.ticket = ticket;
+  a.dq = static_cast<unsigned short*>(p.dq), a.d = static_cast<int>(p.d);
   a.nblocks = static_cast<int>(nblocks), a.group = 1;
   if (a.p.left >= 0 || a.p.right >= 0) {  // else all CTAs go through one head in step
     // Heads whose Q, dO and dQ fit in the L2 together, but enough of them that the short blocks of
     // one section fill the gaps that the long ones of the next leave.
     const int64_t near = std::max<int64_t>(heads_in_l2(16 * p.s * D), 4) * p.g / p.h;
     a.group = static_cast<int>(std::min(std::max<int64_t>(near, 2), p.g * p.b));
+  } else {
+    a.stagger = K::kPersistent;
   }
   // A query may see nothing if its window lies before the first key or after the last, or if scores
   // or segments say so.
@@ -63,27 +70,21 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
             (a.p.left >= 0 && a.p.s - 1 + a.p.diagonal - a.p.left >= a.p.t);
 
   PassArgs pass{};
-  pass.out = static_cast<const unsigned short*>(p.out),
+  pass.out = static_cast<const unsigned short*>(p.out);
   pass.dout = static_cast<const unsigned short*>(p.dout);
-  pass.lse = p.lse, pass.dlse = p.dlse, pass.lse2 = lse2, pass.delta = delta, pass.acc = acc;
-  pass.dq = static_cast<unsigned short*>(p.dq);
-  pass.s = a.p.s, pass.h = a.p.h, pass.d = static_cast<int>(p.d), pass.e = a.p.e,
-  pass.rows = a.rows;
-  pass.scale = p.scale;
+  pass.lse = p.lse, pass.dlse = p.dlse, pass.lse2 = lse2, pass.delta = delta;
 
   cudaError_t error = cudaSuccess;
   auto check = [&](cudaError_t x) { error = cuda::first_error(error, x); };
   const unsigned h = static_cast<unsigned>(p.h), b = static_cast<unsigned>(p.b);
-  if (p.s > 0) {
-    backward_statistics<kF16, D>
-        <<<dim3(static_cast<unsigned>(rows / 64), h, b), 256, 0, stream>>>(pass);
-    check(cudaGetLastError());
-  }
-  const int64_t used = heads * rows * (D + 2) * 4;
   if (K::kScore && p.workspace_bytes >= used + segments_bytes(p, nblocks))
     check(segments(a.p, p, N, static_cast<char*>(p.workspace) + used, false, stream));
   else if (p.cu_seqlens_q)
     return cudaErrorInvalidValue;
+  // Even without queries: the kernel counts from what this writes.
+  const unsigned statistics = static_cast<unsigned>(std::max<int64_t>(rows / 64, 1));
+  backward_statistics<K, kF16, D><<<dim3(statistics, h, b), 256, 0, stream>>>(pass, a);
+  check(cudaGetLastError());
   if (blocks > 0) {
     TMap q, k, v, dout, dk, dv;
     const void* any = p.s ? p.q : p.k;  // a map needs an address, even of an array without rows
@@ -95,19 +96,21 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     check(tensor_map(dv, p.dv, p.dtype, p.b, p.t, p.g, p.e, K::kStoreRows));
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem));
     if (error != cudaSuccess) return error;
-    kernel<<<static_cast<unsigned>(blocks), K::kThreads, K::kSmem, stream>>>(q, k, v, dout, dk, dv,
-                                                                             a);
+    const int64_t grid = K::kPersistent ? std::min<int64_t>(blocks, device.sms) : blocks;
+    kernel<<<static_cast<unsigned>(grid), K::kThreads, K::kSmem, stream>>>(q, k, v, dout, dk, dv,
+                                                                           a);
     check(cudaGetLastError());
   }
-  if (p.s > 0) {
-    backward_convert<kF16, D, M, K::kByRows>
-        <<<dim3(static_cast<unsigned>((p.s + M - 1) / M), h, b), 256, 0, stream>>>(pass);
-    check(cudaGetLastError());
-  }
+  if constexpr (!K::kPersistent)
+    if (p.s > 0) {
+      backward_convert<K, kF16, D>
+          <<<dim3(static_cast<unsigned>((p.s + M - 1) / M), h, b), 256, 0, stream>>>(a);
+      check(cudaGetLastError());
+    }
   if (p.dsinks) {
     const unsigned own = static_cast<unsigned>(p.sinks_shape.dim[0]);
     backward_sinks<kF16>
-        <<<dim3(h, own), 256, 0, stream>>>(pass, p.sinks, p.dsinks, static_cast<int>(p.b / own));
+        <<<dim3(h, own), 256, 0, stream>>>(pass, a, p.sinks, p.dsinks, static_cast<int>(p.b / own));
     check(cudaGetLastError());
   }
   if (p.dbias) check(simt::launch_backward_bias(p, stream));

@@ -12,89 +12,260 @@ namespace flashjax::sm90 {
 
 template <bool F16, int D, int M, int N, int kOptions>
 struct Backward {
+  using Producer = BackwardProducer<Backward>;
   static constexpr int kM = M, kN = N, kStages = 2, kChunks = D / 64, kThreads = 384,
                        kStoreRows = 64;
   static constexpr int kConsumerRegs = D == 128 && (kOptions & kBackwardScores) ? 240 : 232,
                        kProducerRegs = kConsumerRegs == 240 ? 24 : 40;
   static constexpr bool kMask = kOptions & kBackwardMasks, kScore = kOptions & kBackwardScores;
+  // One CTA a multiprocessor, which takes key tiles until there are none, counts the visits of each
+  // tile of dQ, and converts tiles that are complete; where the producers have registers for that.
+  // Else a CTA a key tile, and dQ is cleared before and converted after.
+  static constexpr bool kPersistent = kProducerRegs >= 40;
   // How dQ (M x D) is split over the two warpgroups: by rows, or by columns.
   static constexpr bool kByRows = M == 128;
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kDsBytes = M * N * 2,
                        kDqBytes = M * D * 4;
-  static constexpr int kSmem = 2 * kKBytes + 2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
+  static constexpr int kSmem = 3 * kKBytes + 2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
                                2 * kStages * M * 4 + 256 + 1024;
   static_assert(N == 128 && (D == 64 || D == 128) && (M == 64 || (M == 128 && D == 64)));
+  // dV and dK wait for their store in the buffers of dS and dQ, a warpgroup's in its own halves.
+  static_assert(M * 128 >= 64 * 128 && 2 * M >= 64 * kChunks);
   // Named barriers: dS is in shared memory; half of the dQ buffer is free (two ids); is full (two);
-  // end of loop; store.
+  // end of a key tile; its store (two).
   static constexpr int kBarDs = 1, kBarDqFree = 2, kBarDqFull = 4, kBarEnd = 6, kBarStore = 7;
 
   struct Layout {
-    u32 k, v, q, o, ds, dq, lse, delta;
-    u32 kv_full, q_full, q_empty, o_full, o_empty, o_raw, q_raw, kv_raw;
+    u32 k, v, q, o, ds, dq, lse, delta;  // two stages, one of V and dQ
+    u32 k_raw, k_full, k_empty, v_raw, v_full, v_empty, q_raw, q_full, q_empty, o_raw, o_full,
+        o_empty;
+    u32 item, unit;
     DI explicit Layout(u32 base) {
-      k = base, v = k + kKBytes, q = v + kKBytes, o = q + kStages * kQBytes,
-      ds = o + kStages * kQBytes;
-      dq = ds + 2 * kDsBytes, lse = dq + kDqBytes, delta = lse + kStages * M * 4,
-      kv_full = delta + kStages * M * 4;
-      q_full = kv_full + 8, q_empty = q_full + 8 * kStages, o_full = q_empty + 8 * kStages;
-      o_empty = o_full + 8 * kStages, o_raw = o_empty + 8 * kStages;
-      q_raw = o_raw + 8 * kStages, kv_raw = q_raw + 8 * kStages;
+      k = base, v = k + 2 * kKBytes, q = v + kKBytes, o = q + kStages * kQBytes;
+      ds = o + kStages * kQBytes, dq = ds + 2 * kDsBytes, lse = dq + kDqBytes;
+      delta = lse + kStages * M * 4, k_raw = delta + kStages * M * 4;
+      k_full = k_raw + 16, k_empty = k_full + 16;
+      v_raw = k_empty + 16, v_full = v_raw + 8, v_empty = v_full + 8;
+      q_raw = v_empty + 8, q_full = q_raw + 16, q_empty = q_full + 16;
+      o_raw = q_empty + 16, o_full = o_raw + 16, o_empty = o_full + 16;
+      item = o_empty + 16, unit = item + 8;
     }
   };
 
   static DI void run(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
                      const TMap& mdk, const TMap& mdv, const BackwardArgs& a) {
-    const Problem& p = a.p;
     extern __shared__ unsigned char smem_raw[];
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
-    const KeyTile tile = key_tile<M, N, kScore>(a, blockIdx.x);
-    if (threadIdx.x == 0) BackwardProducer<Backward>::init(x, a.clean);
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 2; i++) {
+        mb_init(x.k_raw + 8 * i, 1), mb_init(x.k_full + 8 * i, 1);
+        mb_init(x.k_empty + 8 * i, 3 + a.clean);
+      }
+      mb_init(x.v_raw, 1), mb_init(x.v_full, 1), mb_init(x.v_empty, 2);
+      store_int(x.unit, 0);
+      Producer::init(x, a.clean);
+    }
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
       const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
       if (threadIdx.x == 0)
-        BackwardProducer<Backward>::load(mq, mk, mv, mdo, a, x, tile);
+        load(mq, mk, mv, mdo, a, x);
       else if (warp == 1)
-        add_dq(a, x, tile);
+        add(a, x);
       else if (warp == 2 && a.clean)
-        BackwardProducer<Backward>::clean(p, x, tile);
+        clean(a, x);
+      else if (kPersistent && warp >= 2)
+        finish(a, x);
     } else {
       reg_inc<kConsumerRegs>();
-      compute(mdk, mdv, a, x, tile, wg - 1);
+      u32 it = 0;
+#pragma unroll 1
+      for (u32 k = 0; k == 0 || kPersistent; k++) {
+        const int i = item(x, x.k_full, k);
+        if (i < 0) break;
+        compute(mdk, mdv, a, x, key_tile<Backward>(a, i), wg - 1, k, it);
+      }
+      if ((threadIdx.x & 127) == 0) bulk_wait<0>();
+      if (kPersistent) finish(a, x);
     }
   }
 
-  static DI void add_dq(const BackwardArgs& a, const Layout& x, const KeyTile& tile) {
+  // The k-th key tile of this CTA, once its K is there; -1 at the end.
+  static DI int item(const Layout& x, u32 full, u32 k) {
+    if (!kPersistent) {
+      mb_wait(full, 0);
+      return blockIdx.x;
+    }
+    mb_wait(full + 8 * (k & 1), k / 2 & 1);
+    return __shfl_sync(~0u, load_int(x.item + 4 * (k & 1)), 0);
+  }
+
+  static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
+                      const BackwardArgs& a, const Layout& x) {
+    const bool packed = kScore && a.p.packed;
+    u32 it = 0;
+    int i = blockIdx.x;
+#pragma unroll 1
+    for (u32 k = 0; k == 0 || kPersistent; k++) {
+      const u32 full = (packed ? x.k_raw : x.k_full) + 8 * (k & 1);
+      if (kPersistent) mb_wait(x.k_empty + 8 * (k & 1), ~(k / 2) & 1);
+      const bool end = kPersistent && i >= a.nblocks * a.p.b * a.p.g;
+      if (kPersistent) store_int(x.item + 4 * (k & 1), end ? -1 : i);
+      if (end) {
+        mb_arrive(full);
+        return;
+      }
+      const KeyTile tile = key_tile<Backward>(a, i);
+      mb_expect(full, kKBytes);
+      Producer::load_keys(mk, x.k + (k & 1) * kKBytes, tile, full);
+      Walk at(tile);
+      u32 left = tile.steps();
+      // V after the queries of the first step, since the last key tile frees it later.
+      auto step = [&] {
+        Producer::load_queries(mq, mdo, a, x, tile.b, at, it);
+        left--, it++, at.next(tile);
+      };
+      if (left) step();
+      const u32 v_full = packed ? x.v_raw : x.v_full;
+      if (kPersistent) mb_wait(x.v_empty, ~k & 1);
+      mb_expect(v_full, kKBytes);
+      Producer::load_keys(mv, x.v, tile, v_full);
+#pragma unroll 1
+      while (left) step();
+      if (kPersistent)
+        i = gridDim.x +
+            atomicAdd(a.ticket, 1);  // no earlier, or a long key tile would hold the next
+    }
+  }
+
+  static DI void clean(const BackwardArgs& a, const Layout& x) {
+    const bool packed = kScore && a.p.packed, elect = (threadIdx.x & 31) == 0;
+    u32 it = 0;
+#pragma unroll 1
+    for (u32 k = 0; k == 0 || kPersistent; k++) {
+      const int i = item(x, packed ? x.k_raw : x.k_full, k);
+      if (i < 0) {
+        if (packed && elect) mb_arrive(x.k_full + 8 * (k & 1));
+        return;
+      }
+      const KeyTile tile = key_tile<Backward>(a, i);
+      if (packed) {
+        mb_wait(x.v_raw, k & 1);
+        Producer::clean_keys(a.p, x.k + (k & 1) * kKBytes, x.v, tile);
+        if (elect) mb_arrive(x.k_full + 8 * (k & 1)), mb_arrive(x.v_full);
+      }
+      if (elect) mb_arrive(x.k_empty + 8 * (k & 1));
+      Producer::clean_queries(a.p, x, tile, it);
+    }
+  }
+
+  static DI void add(const BackwardArgs& a, const Layout& x) {
     const bool elect = (threadIdx.x & 31) == 0;
 #pragma unroll 1
-    for (int h = tile.first_head; h < tile.first_head + tile.heads; h++) {
-      float* dst = a.dq + ((long long)tile.b * a.p.h + h) * a.rows * D;
-#pragma unroll 1
-      for (int m = tile.blocks.begin; m < tile.blocks.end; m++) {
-#pragma unroll 1
-        for (int w = 0; w < 2; w++) {
-          bar_sync(kBarDqFull + w, 160);
-          if (elect) {
-            bulk_add_f32(dst + (long long)m * M * D + w * (M * D / 2), x.dq + w * (M * D * 2),
-                         M * D * 2);
-            bulk_commit();
-          }
-        }
-        if (elect) bulk_wait_read<1>();
-        __syncwarp();
-        bar_arrive(kBarDqFree, 160);
-        if (elect) bulk_wait_read<0>();
-        __syncwarp();
-        bar_arrive(kBarDqFree + 1, 160);
-      }
+    for (u32 k = 0; k == 0 || kPersistent; k++) {
+      const int i = item(x, x.k_full, k);
+      if (i < 0) break;
+      if (elect) mb_arrive(x.k_empty + 8 * (k & 1));
+      add(a, x, key_tile<Backward>(a, i));
     }
     if (elect) bulk_wait<0>();
   }
 
+  static DI void add(const BackwardArgs& a, const Layout& x, const KeyTile& tile) {
+    const bool elect = (threadIdx.x & 31) == 0, counts = kPersistent && elect;
+    auto row_of = [&](const Walk& at) {
+      return ((long long)tile.b * a.p.h + at.h) * a.rows + at.m * M;
+    };
+    auto begin = [&](const Walk& at) {
+      return counts ? atomicAdd(a.visits + row_of(at) / 64, Visits::to_begin()) : 0;
+    };
+    u64* added = nullptr;  // the visit whose add is not known to be done, or not yet said to be
+    auto publish = [&] {
+      fence_async_global();
+      add_release(added, Visits::to_be_done());
+      added = nullptr;
+    };
+    Walk at(tile);
+    u32 left = tile.steps();
+    Visits visits{left ? begin(at) : 0};  // before this one; asked for a step ahead
+#pragma unroll 1
+    while (left) {
+      const long long row = row_of(at);
+      u64* word = a.visits + row / 64;
+      bool first = false;
+      if (counts) {  // who comes first stores, the others wait for that
+        first = visits.begun() == 0;
+        if (!first && visits.done() == 0) {
+          if (added) bulk_wait<0>(), publish();  // or two that wait could wait for each other
+          while (visits.done() == 0) visits.word = load_acquire(word);
+        }
+        fence_async_global();
+      }
+#pragma unroll 1
+      for (int w = 0; w < 2; w++) {
+        bar_sync(kBarDqFull + w, 160);
+        if (elect) {
+          float* to = a.acc + row * D + w * (M * D / 2);
+          if (first)
+            bulk_store(to, x.dq + w * (M * D * 2), M * D * 2);
+          else
+            bulk_add_f32(to, x.dq + w * (M * D * 2), M * D * 2);
+          bulk_commit();
+        }
+      }
+      at.next(tile);
+      if (--left) visits.word = begin(at);
+      if (elect) bulk_wait_read<1>();
+      __syncwarp();
+      bar_arrive(kBarDqFree, 160);
+      if (elect) bulk_wait_read<0>();
+      __syncwarp();
+      bar_arrive(kBarDqFree + 1, 160);
+      if (counts) {
+        if (added) bulk_wait<2>(), publish();
+        added = word;
+      }
+    }
+    if (counts && added) bulk_wait<0>(), publish();
+  }
+
+  // dq = scale * dQ in 16 bits, out of register order, a quarter of a tile at a time, once all key
+  // blocks have added to it. Tiles in the order in which key tiles are taken; each CTA has its own.
+  static DI void finish(const BackwardArgs& a, const Layout& x) {
+    constexpr int kParts = 4, kGroups = M * D / 512 / kParts;
+    const Problem& p = a.p;
+#pragma unroll 1
+    for (;;) {
+      int h = p.h, s = p.s;  // opaque, or too much that follows from them outlives a turn
+      asm volatile("" : "+r"(h), "+r"(s));
+      const int tiles = (s + M - 1) / M, ratio = h / p.g;
+      int u = 0;
+      if ((threadIdx.x & 31) == 0) u = add_int(x.unit, 1);
+      u = __shfl_sync(~0u, u, 0);
+      const int i = blockIdx.x + u / kParts * gridDim.x;
+      if (i >= p.b * h * tiles) break;
+      const int per = a.group * ratio * tiles, section = i / per, r = i - section * per;
+      const int heads = min(a.group, p.b * p.g - section * a.group) * ratio;
+      const int m = r / heads, bh = section * a.group * ratio + r % heads;
+      const long long row = (long long)bh * a.rows + m * M;
+      int all = 0;
+      if ((threadIdx.x & 31) == 0)
+        for (;;) {
+          const Visits visits{load_acquire(a.visits + row / 64)};
+          all = visits.all();
+          if (visits.done() == all) break;
+          __nanosleep(500);
+        }
+      if (__shfl_sync(~0u, all, 0) == 0) continue;
+      convert_dq<F16, D, M, kByRows>(a, a.acc + row * D, bh, m, u % kParts * kGroups,
+                                     (u % kParts + 1) * kGroups, 1);
+    }
+  }
+
   static DI void compute(const TMap& mdk, const TMap& mdv, const BackwardArgs& a, const Layout& x,
-                         const KeyTile& tile, int cw) {
+                         const KeyTile& tile, int cw, u32 k, u32& it) {
     const Problem& p = a.p;
     const Blocks& blocks = tile.blocks;
     const int n = tile.n, b = tile.b;
@@ -103,14 +274,15 @@ struct Backward {
     float dk[D / 2], dv[D / 2];
 #pragma unroll
     for (int i = 0; i < D / 2; i++) dk[i] = 0.f, dv[i] = 0.f;
+    const u32 keys = x.k + (k & 1) * kKBytes;
     // Descriptors: A operands of the own 64 keys, B operands K-major, and MN-major.
-    const u32 a_k = desc_lo(x.k + cw * 8192, 16), a_v = desc_lo(x.v + cw * 8192, 16);
+    const u32 a_k = desc_lo(keys + cw * 8192, 16), a_v = desc_lo(x.v + cw * 8192, 16);
     const u32 b_q = desc_lo(x.q, 16), b_o = desc_lo(x.o, 16);
     const u32 t_q = desc_lo(x.q, M * 128), t_o = desc_lo(x.o, M * 128);
     const u32 a_ds = desc_lo(x.ds + (kByRows ? cw * 8192 : 0), 16);
-    const u32 t_k = desc_lo(x.k + (kByRows   ? 0
-                                   : D == 64 ? cw * 64
-                                             : cw * (kChunks / 2) * N * 128),
+    const u32 t_k = desc_lo(keys + (kByRows   ? 0
+                                    : D == 64 ? cw * 64
+                                              : cw * (kChunks / 2) * N * 128),
                             N * 128);
     // This lane's address for stmatrix.trans in a dS tile of queries x keys.
     const int rr = (lane & 7) + ((lane >> 4) & 1) * 8, kc = warp * 2 + ((lane >> 3) & 1);
@@ -119,13 +291,16 @@ struct Backward {
         n * N + cw * 64 + warp * 16 + (lane >> 2);  // this thread's keys: key and key + 8
     const bool tail = (n + 1) * N > p.t;
     const float sl2 = p.scale * kLog2E;
-    const int steps = tile.steps();
-    int m = blocks.begin, h = tile.first_head;
-    mb_wait(x.kv_full, 0);
+    const u32 steps = tile.steps();
+    Walk at(tile);
+    // The stores of the last key tile have read what is about to be overwritten.
+    if (elect) bulk_wait_read<0>();
+    bar_sync(kBarStore + cw, 128);
+    mb_wait(x.v_full, k & 1);
 #pragma unroll 1
-    for (int it = 0; it < steps; it++) {
-      const int s = it % kStages;
-      const u32 ph = (it / kStages) & 1;
+    for (u32 left = steps; left; left--, it++, at.next(tile)) {
+      const int m = at.m, h = at.h;
+      const u32 s = it % kStages, ph = it / kStages & 1;
       float st[M / 2], dp[M / 2];
       u32 pp[M / 4], ds[M / 4];
       mb_wait(x.q_full + 8 * s, ph);
@@ -214,6 +389,7 @@ struct Backward {
       if constexpr (kScore) issue_dp();
       wg_wait<0>();
       pin(dp);
+      if (left == 1 && elect) mb_arrive(x.v_empty);
 #pragma unroll
       for (int j = 0; j < M / 8; j++) {  // dS = P * (dP - delta)
         float l0, l1;
@@ -260,7 +436,7 @@ struct Backward {
       if (elect) mb_arrive(x.o_empty + 8 * s);
       wg_wait<1>();
       pin(dq);
-      if (it > 0) bar_sync(kBarDqFree + cw, 160);
+      if (left < steps) bar_sync(kBarDqFree + cw, 160);
 #pragma unroll
       for (int i = 0; i < D * M / 256; i += 4)
         store_shared4(x.dq + cw * (M * D * 2) + (i * 128 + tid * 4) * 4, dq[i], dq[i + 1],
@@ -270,25 +446,28 @@ struct Backward {
       wg_wait<0>();
       pin(dk);
       if (elect) mb_arrive(x.q_empty + 8 * s);
-      if (++m == blocks.end) m = blocks.begin, h++;
     }
-    if (steps > 0) bar_sync(kBarDqFree + cw, 160);
-    // dV over V (own rows), dK over K (once nobody reads K any more); the store clips ragged rows
-    // and columns.
-    const int er = cw * 64 + warp * 16 + (lane & 7) + 8 * ((lane >> 3) & 1);
-    put_rows<F16>(dv, x.v, N * 128, er, 1.f);
+    // Once nobody reads dS any more, dV and dK go through the buffers of dS and dQ. The store clips
+    // ragged rows and columns.
     bar_sync(kBarEnd, 256);
-    put_rows<F16>(dk, x.k, N * 128, er, p.scale);
+    if (elect) {
+      mb_arrive(x.k_empty + 8 * (k & 1));
+      if (steps == 0) mb_arrive(x.v_empty);
+    }
+    const int row = warp * 16 + (lane & 15);
+    const u32 to_dv = x.ds + cw * M * 128, to_dk = x.dq + cw * (M * D * 2);
+    put_rows<F16>(dv, to_dv, kDsBytes, row, 1.f);
+    if (steps > 0) bar_sync(kBarDqFree + cw, 160);
+    put_rows<F16>(dk, to_dk, 8192, row, p.scale);
     fence_async();
     bar_sync(kBarStore + cw, 128);
     if (elect) {
 #pragma unroll
       for (int c = 0; c < kChunks; c++) {
-        tma_store(&mdv, x.v + c * N * 128 + cw * 8192, c * 64, n * N + cw * 64, tile.g, b);
-        tma_store(&mdk, x.k + c * N * 128 + cw * 8192, c * 64, n * N + cw * 64, tile.g, b);
+        tma_store(&mdv, to_dv + c * kDsBytes, c * 64, n * N + cw * 64, tile.g, b);
+        tma_store(&mdk, to_dk + c * 8192, c * 64, n * N + cw * 64, tile.g, b);
       }
       bulk_commit();
-      bulk_wait<0>();
     }
   }
 };

@@ -16,7 +16,7 @@ struct WideBackward {
   static constexpr int kM = M, kN = N, kStages = 1, kChunks = D / 64, kThreads = 384,
                        kStoreRows = N;
   static constexpr bool kMask = kOptions & kBackwardMasks, kScore = kOptions & kBackwardScores;
-  static constexpr bool kByRows = false;
+  static constexpr bool kByRows = false, kPersistent = false;
   static constexpr int kConsumerRegs = 240, kProducerRegs = 24;
   static constexpr int kOwn = N / 2;  // keys whose scores a warpgroup computes
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kPBytes = M * N * 2;
@@ -39,33 +39,59 @@ struct WideBackward {
     }
   };
 
+  using Producer = BackwardProducer<WideBackward>;
+
   static DI void run(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
                      const TMap& mdk, const TMap& mdv, const BackwardArgs& a) {
     const Problem& p = a.p;
     extern __shared__ unsigned char smem_raw[];
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
-    const KeyTile tile = key_tile<M, N, kScore>(a, blockIdx.x);
+    const KeyTile tile = key_tile<WideBackward>(a, blockIdx.x);
     if (threadIdx.x == 0) {
 #pragma unroll
       for (int i = 0; i < kPieces; i++)
         mb_init(x.dq_full + 8 * i, 4), mb_init(x.dq_empty + 8 * i, 1);
-      BackwardProducer<WideBackward>::init(x, a.clean);
+      mb_init(x.kv_full, 1), mb_init(x.kv_raw, 1);
+      Producer::init(x, a.clean);
     }
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
       const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
       if (threadIdx.x == 0)
-        BackwardProducer<WideBackward>::load(mq, mk, mv, mdo, a, x, tile);
+        load(mq, mk, mv, mdo, a, x, tile);
       else if (threadIdx.x == 32)
         add_dq(a, x, tile);
       else if (warp == 2 && a.clean)
-        BackwardProducer<WideBackward>::clean(p, x, tile);
+        clean(p, x, tile);
     } else {
       reg_inc<kConsumerRegs>();
       compute(mdk, mdv, a, x, tile, wg - 1);
     }
+  }
+
+  static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
+                      const BackwardArgs& a, const Layout& x, const KeyTile& tile) {
+    const u32 full = kScore && a.p.packed ? x.kv_raw : x.kv_full;
+    mb_expect(full, 2 * kKBytes);
+    Producer::load_keys(mk, x.k, tile, full);
+    Producer::load_keys(mv, x.v, tile, full);
+    Walk at(tile);
+    const u32 steps = tile.steps();
+#pragma unroll 1
+    for (u32 it = 0; it < steps; it++, at.next(tile))
+      Producer::load_queries(mq, mdo, a, x, tile.b, at, it);
+  }
+
+  static DI void clean(const Problem& p, const Layout& x, const KeyTile& tile) {
+    if (kScore && p.packed) {
+      mb_wait(x.kv_raw, 0);
+      Producer::clean_keys(p, x.k, x.v, tile);
+      if ((threadIdx.x & 31) == 0) mb_arrive(x.kv_full);
+    }
+    u32 it = 0;
+    Producer::clean_queries(p, x, tile, it);
   }
 
   // Piece i of dQ: columns (i % 4) * 64 % 256 + ... of step i / 4.
@@ -73,7 +99,7 @@ struct WideBackward {
     u32 i = 0;
 #pragma unroll 1
     for (int h = tile.first_head; h < tile.first_head + tile.heads; h++) {
-      float* dst = a.dq + (((long long)tile.b * a.p.h + h) * a.rows + tile.blocks.begin * M) * D;
+      float* dst = a.acc + (((long long)tile.b * a.p.h + h) * a.rows + tile.blocks.begin * M) * D;
 #pragma unroll 1
       for (int m = tile.blocks.begin; m < tile.blocks.end; m++, dst += M * D) {
 #pragma unroll 1

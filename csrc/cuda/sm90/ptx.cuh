@@ -92,6 +92,11 @@ DI void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {
       "l"(src), "r"(bytes), "r"(bar)
       : "memory");
 }
+DI void bulk_store(void* dst, u32 src, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src),
+               "r"(bytes)
+               : "memory");
+}
 DI void bulk_add_f32(float* dst, u32 src, u32 bytes) {
   asm volatile(
       "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst),
@@ -139,6 +144,15 @@ DI u64 desc(u32 lo) {
 }
 
 // ---- barriers and registers
+DI void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+DI u64 load_acquire(const u64* p) {
+  u64 x;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+  return x;
+}
+DI void add_release(u64* p, u64 x) {
+  asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+}
 DI void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DI void bar_sync(int id, int n) {
   jitter();
@@ -200,6 +214,11 @@ DI void load_int2(int& a, int& b, u32 p) {
 DI void store_int(u32 p, int x) {
   asm volatile("st.shared.s32 [%0], %1;" ::"r"(p), "r"(x) : "memory");
 }
+DI int add_int(u32 p, int x) {  // what was there before
+  int a;
+  asm volatile("atom.shared.add.s32 %0, [%1], %2;" : "=r"(a) : "r"(p), "r"(x) : "memory");
+  return a;
+}
 DI void store_int4(u32 p, int4 x) {
   asm volatile("st.shared.v4.s32 [%0], {%1,%2,%3,%4};" ::"r"(p), "r"(x.x), "r"(x.y), "r"(x.z),
                "r"(x.w)
@@ -221,6 +240,21 @@ DI void clear_rows(u32 tile, int rows, int r0, u32 dead) {
       store_shared4(
           tile + (r0 + __ffs(dead) - 1) * 128 + (lane & 7) * 16 + (lane >> 3) * rows * 128, 0.f,
           0.f, 0.f, 0.f);
+}
+
+// Lane q of a quad has x[k], k < 4; it gets what lane k had as x[q].
+DI void transpose_quad(u32 (&x)[4], int q) {
+  const bool odd = q & 1, high = q & 2;
+#pragma unroll
+  for (int k = 0; k < 4; k += 2) {  // blocks of 2 x 2
+    const u32 got = __shfl_xor_sync(~0u, odd ? x[k] : x[k + 1], 1);
+    (odd ? x[k] : x[k + 1]) = got;
+  }
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    const u32 got = __shfl_xor_sync(~0u, high ? x[k] : x[k + 2], 2);
+    (high ? x[k] : x[k + 2]) = got;
+  }
 }
 
 // ---- math
