@@ -40,7 +40,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   const int64_t rows = (p.s + 127) / 128 * 128, heads = p.b * p.h, nblocks = (p.t + N - 1) / N;
   const int64_t blocks = nblocks * p.g * p.b;
   if (heads == 0) return cudaSuccess;
-  if (blocks > INT32_MAX || p.s >= 1 << 29 || p.t >= 1 << 28 || p.h > 65535 || p.b > 65535)
+  if (blocks > INT32_MAX || p.s >= 1 << 29 || p.t >= 1 << 27 || p.h > 65535 || p.b > 65535)
     return cudaErrorInvalidConfiguration;
   const int64_t used = heads * rows * (D + 2) * 4 + heads * rows / 8 + 16;
   if (p.workspace_bytes < used) return cudaErrorInvalidValue;
@@ -52,7 +52,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   u64* visits = reinterpret_cast<u64*>(delta + heads * rows);
   int* ticket = reinterpret_cast<int*>(visits + heads * rows / 64);
   a.lse2 = lse2, a.delta = delta, a.acc = acc, a.rows = static_cast<int>(rows);
-  a.visits = visits, a.ticket = ticket;
+  a.visits = visits, a.ticket = ticket, a.yields = p.yields;
   a.dq = static_cast<unsigned short*>(p.dq), a.d = static_cast<int>(p.d);
   a.nblocks = static_cast<int>(nblocks), a.group = 1;
   if (a.p.left >= 0 || a.p.right >= 0) {  // else all CTAs go through one head in step
@@ -96,17 +96,17 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     check(tensor_map(dv, p.dv, p.dtype, p.b, p.t, p.g, p.e, K::kStoreRows));
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem));
     if (error != cudaSuccess) return error;
-    const int64_t grid = K::kPersistent ? std::min<int64_t>(blocks, device.sms) : blocks;
+    const int64_t grid =
+        K::kPersistent && !p.yields ? std::min<int64_t>(blocks, device.sms) : blocks;
     kernel<<<static_cast<unsigned>(grid), K::kThreads, K::kSmem, stream>>>(q, k, v, dout, dk, dv,
                                                                            a);
     check(cudaGetLastError());
   }
-  if constexpr (!K::kPersistent)
-    if (p.s > 0) {
-      backward_convert<K, kF16, D>
-          <<<dim3(static_cast<unsigned>((p.s + M - 1) / M), h, b), 256, 0, stream>>>(a);
-      check(cudaGetLastError());
-    }
+  if ((!K::kPersistent || p.yields) && p.s > 0) {
+    backward_convert<K, kF16, D>
+        <<<dim3(static_cast<unsigned>((p.s + M - 1) / M), h, b), 256, 0, stream>>>(a);
+    check(cudaGetLastError());
+  }
   if (p.dsinks) {
     const unsigned own = static_cast<unsigned>(p.sinks_shape.dim[0]);
     backward_sinks<kF16>

@@ -17,7 +17,8 @@ struct BackwardArgs {
   int clean;    // some query of a visited tile may have seen nothing, and its dout may be NaN
   int stagger;  // key blocks of a head begin at different queries
   u64* visits;  // [b * h, rows / 64], of the tile that begins there: see Visits
-  int* ticket;  // 0: key tiles that were taken, beyond the first of each CTA
+  int* ticket;  // key tiles that were taken
+  int yields;   // transfers want to start beside the kernel: no CTA stays for a second key tile
   unsigned short* dq;  // [b, s, h, d]
   int d;
 };

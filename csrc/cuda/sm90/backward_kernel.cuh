@@ -20,7 +20,8 @@ struct Backward {
   static constexpr bool kMask = kOptions & kBackwardMasks, kScore = kOptions & kBackwardScores;
   // One CTA a multiprocessor, which takes key tiles until there are none, counts the visits of each
   // tile of dQ, and converts tiles that are complete; where the producers have registers for that.
-  // Else a CTA a key tile, and dQ is cleared before and converted after.
+  // Else a CTA a key tile, and dQ is cleared before and converted after. A call that yields is in
+  // between: a CTA a key tile, which counts, and dQ is converted after.
   static constexpr bool kPersistent = kProducerRegs >= 40;
   // How dQ (M x D) is split over the two warpgroups: by rows, or by columns.
   static constexpr bool kByRows = M == 128;
@@ -76,7 +77,7 @@ struct Backward {
         add(a, x);
       else if (warp == 2 && a.clean)
         clean(a, x);
-      else if (kPersistent && warp >= 2)
+      else if (kPersistent && warp >= 2 && !a.yields)
         finish(a, x);
     } else {
       reg_inc<kConsumerRegs>();
@@ -88,7 +89,7 @@ struct Backward {
         compute(mdk, mdv, a, x, key_tile<Backward>(a, i), wg - 1, k, it);
       }
       if ((threadIdx.x & 127) == 0) bulk_wait<0>();
-      if (kPersistent) finish(a, x);
+      if (kPersistent && !a.yields) finish(a, x);
     }
   }
 
@@ -106,12 +107,15 @@ struct Backward {
                       const BackwardArgs& a, const Layout& x) {
     const bool packed = kScore && a.p.packed;
     u32 it = 0;
-    int i = blockIdx.x;
+    // Not even the first is a CTA's own: then nobody waits for a CTA that does not run yet. And
+    // none is taken early, or a long key tile would hold the next.
+    auto take = [&]() -> int { return kPersistent ? atomicAdd(a.ticket, 1) : blockIdx.x; };
+    int i = take();
 #pragma unroll 1
     for (u32 k = 0; k == 0 || kPersistent; k++) {
       const u32 full = (packed ? x.k_raw : x.k_full) + 8 * (k & 1);
       if (kPersistent) mb_wait(x.k_empty + 8 * (k & 1), ~(k / 2) & 1);
-      const bool end = kPersistent && i >= a.nblocks * a.p.b * a.p.g;
+      const bool end = kPersistent && (i >= a.nblocks * a.p.b * a.p.g || (a.yields && k > 0));
       if (kPersistent) store_int(x.item + 4 * (k & 1), end ? -1 : i);
       if (end) {
         mb_arrive(full);
@@ -134,9 +138,7 @@ struct Backward {
       Producer::load_keys(mv, x.v, tile, v_full);
 #pragma unroll 1
       while (left) step();
-      if (kPersistent)
-        i = gridDim.x +
-            atomicAdd(a.ticket, 1);  // no earlier, or a long key tile would hold the next
+      if (kPersistent && !a.yields) i = take();
     }
   }
 

@@ -64,13 +64,14 @@ static __global__ void __launch_bounds__(256)
   }
 }
 
-// A block of 256 threads for a tile of M queries.
+// A block of 256 threads for a tile of M queries, which is 0 already if no key block visits it.
 template <class K, bool F16, int D>
 static __global__ void __launch_bounds__(256) backward_convert(const BackwardArgs a) {
   const int m = blockIdx.x, bh = blockIdx.z * a.p.h + blockIdx.y;
-  convert_dq<F16, D, K::kM, K::kByRows>(a,
-                                        a.acc + ((long long)bh * a.rows + (long long)m * K::kM) * D,
-                                        bh, m, threadIdx.x / 32, K::kM * D / 512, 8);
+  const long long row = (long long)bh * a.rows + (long long)m * K::kM;
+  if (K::kPersistent && Visits{a.visits[row / 64]}.all() == 0) return;
+  convert_dq<F16, D, K::kM, K::kByRows>(a, a.acc + row * D, bh, m, threadIdx.x / 32,
+                                        K::kM * D / 512, 8);
 }
 
 // dsinks: a block for each element, over the batch entries that share it. A sink takes exp(sink -
