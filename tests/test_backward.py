@@ -44,10 +44,11 @@ def test_backward(case, implementation):
 
 
 SOME = ("causal-float32", "heads-8-2-bfloat16", "packed-causal-float32", "window-long-k")
-HALF = [
-    pytest.param(dataclasses.replace(case, dtype="bfloat16") if case.dtype == "float32" else case, id=case.id)
+HALF = [  # not with sinks: their float32 gradient asks for more than an out of 16 bits holds
+    pytest.param(dataclasses.replace(case, dtype="bfloat16" if half else case.dtype), id=case.id)
     for case in CASES
     if case.layout != "cached"
+    for half in [case.dtype == "float32" and case.sinks is None]
 ]
 
 
