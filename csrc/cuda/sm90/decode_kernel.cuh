@@ -114,8 +114,7 @@ struct Decode {
   };
 
   // Calls f() for each piece that this CTA has to do, which is in x then. By one warp: x lives in
-  // shared memory, where all lanes write the same. Also says of which head this CTA is the first to
-  // have a part, if others follow.
+  // shared memory, where all lanes write the same. Also writes the joints.
   template <class F>
   static DI void walk(const DecodeArgs& a, const int* prefix, Piece& x, F f) {
     const int cta = blockIdx.x, ctas = gridDim.x;
