@@ -380,6 +380,9 @@ struct Forward {
         }
         for (int hh = 0; hh < 2; hh++) put_lse(row() + 8 * hh, sink * kLn2);
         done();
+        // Else the compiler takes the warp for divided from here on, and keeps no loop state or
+        // matrix descriptor in uniform registers.
+        __syncwarp();
         continue;
       }
       auto mask = [&](int n) {
