@@ -58,6 +58,7 @@ class Case:
     bias_dtype: str | None = None
     alibi: str | None = None  # "h" or "b h"
     sinks: str | None = None  # "normal"; "low": far below the scores; "high": far above them
+    dropout: float = 0.0
     segments: str | None = None  # "same": documents in order; "pair": shuffled ids, unequal on the two sides
     # packed
     cu_q: tuple[int, ...] | None = None
@@ -115,6 +116,7 @@ class Case:
             "alibi": self.alibi is not None,
             "sinks": self.sinks is not None,
             "segments": self.segments is not None,
+            "dropout": self.dropout > 0,
             "used_q": self.used_q is not None,
             "used_k": self.used_k is not None,
             "cu_k": self.cu_k is not None,
@@ -144,6 +146,8 @@ class Case:
                 return inputs.without("rotary_cos", "rotary_sin")
             case "new":
                 return inputs.without("k", "v", "rotary_cos", "rotary_sin")
+            case "dropout":
+                return inputs.without("dropout_rate", "dropout_key")
             case "batch_idx":
                 return inputs.without(cache_batch_idx=np.arange(self.b, dtype=np.int32))
             case "cu_k":
@@ -177,6 +181,8 @@ class Case:
             options["causal_alignment"] = self.alignment
         if self.softcap:
             options["softcap"] = self.softcap
+        if self.dropout:
+            options["dropout_rate"] = self.dropout
         return options
 
     def _score_arrays(self, random) -> dict[str, object]:
@@ -197,6 +203,8 @@ class Case:
             if self.alibi == "b h":
                 slopes = slopes * np.linspace(1, 2, self.b)[:, None]
             arrays["alibi_slopes"] = slopes.astype(np.float32)
+        if self.dropout:
+            arrays["dropout_key"] = random.integers(0, 2**32, 2, np.uint32)  # as jax.random.PRNGKey makes them
         if self.sinks is not None:
             centre = {"normal": 1.0, "low": -60.0, "high": 40.0}[self.sinks]
             arrays["sinks"] = (centre + random.standard_normal(self.h)).astype(np.float32)
@@ -512,6 +520,23 @@ def _dense():
     yield Case(
         "huge-logits-sinks", "scores of a thousand on both sides of the sink", q_gain=1e3, sinks="normal", causal=True
     )
+    yield Case("dropout", "most weights are dropped", dropout=0.75, s=70, t=130)
+    yield Case("dropout-causal", "the usual rate, with a mask", dropout=0.1, causal=True, s=129, t=129)
+    yield Case("dropout-causal-bfloat16", "in 16 bits", dropout=0.1, causal=True, s=200, t=333, d=64, dtype="bfloat16")
+    yield Case("dropout-float16", "full attention in 16 bits", dropout=0.5, s=65, t=200, d=128, dtype="float16")
+    yield Case(
+        "dropout-scores",
+        "what else changes weights; the log-sum-exp is that of all of them",
+        dropout=0.3,
+        s=50,
+        t=70,
+        softcap=3.0,
+        q_gain=4.0,
+        alibi="b h",
+        sinks="normal",
+        bias="b h s t",
+        window=(30, 5),
+    )
     yield Case("equal-keys", "every visible key has the same weight", kv_equal=True, causal=True)
 
     yield Case(
@@ -634,6 +659,22 @@ def _packed():
         alibi="h",
         sinks="normal",
         segments="pair",
+    )
+    yield packed(
+        "dropout",
+        "which weights are dropped goes by positions within a sequence",
+        (0, 40, 40, 75),
+        dropout=0.4,
+        causal=True,
+    )
+    yield packed(
+        "dropout-unequal-bfloat16",
+        "unequal lengths in 16 bits",
+        (0, 70, 77, 210),
+        (0, 33, 133, 180),
+        dropout=0.2,
+        d=64,
+        dtype="bfloat16",
     )
 
 

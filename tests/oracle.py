@@ -9,6 +9,8 @@ float32, with the weights, their gradients and every result rounded to the opera
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cases import Case, Inputs
@@ -73,7 +75,7 @@ def _rules(options, head_dim: int) -> _Rules:
 class _Sequence:
     """Attention of one sequence: q [s, h, d], k [t, g, d], v [t, g, e] without padding."""
 
-    def __init__(self, arith, rules, q, k, v, bias=None, slopes=None, sinks=None, ids_q=None, ids_k=None):
+    def __init__(self, arith, rules, q, k, v, bias=None, slopes=None, sinks=None, ids_q=None, ids_k=None, kept=None):
         low, real = arith.low, arith.real
         (s, h, _), (t, g, _) = q.shape, k.shape
         self.arith, self.rules, self.group = arith, rules, h // g
@@ -109,7 +111,8 @@ class _Sequence:
         self.p = p / divisor
         if sinks is not None:
             self.sink_weight = (self.sink_weight / divisor)[..., 0]  # [h, s]
-        self.out = low(low(self.p) @ self.v)  # [h, s, e]
+        self.kept = real(1) if kept is None else kept.astype(real)  # [h, s, t]: 0, or what makes up for the dropped
+        self.out = low(low(self.p * self.kept) @ self.v)  # [h, s, e]
         with np.errstate(divide="ignore"):
             self.lse = np.where(total > 0, safe + np.log(total), -np.inf)[..., 0]
 
@@ -119,7 +122,9 @@ class _Sequence:
         dout = dout.transpose(1, 0, 2)
         dlse = np.where(np.isneginf(self.lse), 0, dlse)
         surplus = dlse - (dout * self.out).sum(-1)  # [h, s]
-        dx = self.p * (dout @ self.v.transpose(0, 2, 1) + surplus[..., None])  # of the scores as softmax sees them
+        dx = self.p * (
+            dout @ self.v.transpose(0, 2, 1) * self.kept + surplus[..., None]
+        )  # of the scores as softmax sees them
         grads = {"bias": dx, "alibi_slopes": -(dx * self.distance).sum((1, 2))}
         if hasattr(self, "sink_weight"):
             grads["sinks"] = (self.sink_weight * surplus).sum(-1)
@@ -131,8 +136,47 @@ class _Sequence:
 
         grads["q"] = low(raw @ self.k * scale).transpose(1, 0, 2)
         grads["k"] = per_kv_head(raw.transpose(0, 2, 1) @ self.q * scale)
-        grads["v"] = per_kv_head(low(self.p).transpose(0, 2, 1) @ dout)
+        grads["v"] = per_kv_head(low(self.p * self.kept).transpose(0, 2, 1) @ dout)
         return grads
+
+
+def _philox(counter, key):
+    """Philox 4x32 of Salmon et al. (2011), 7 rounds: arrays of four counter words, and two words of key."""
+    mask = np.uint64(0xFFFFFFFF)
+    c = [np.asarray(x, np.uint64) for x in counter]
+    k = [np.uint64(x) for x in key]
+    for _ in range(7):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(b >> np.uint64(32)) ^ c[1] ^ k[0], b & mask, (a >> np.uint64(32)) ^ c[3] ^ k[1], a & mask]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & mask, (k[1] + np.uint64(0xBB67AE85)) & mask]
+    return c
+
+
+def _kept(options, seed, n, s, t):
+    """[h, s, t]: what dropout multiplies the weights of sequence n of a row by; seed [h, 2].
+
+    A block of 16 queries and 32 keys has one counter for each lane of a warp: lane 4 r + c has the queries r and r + 8
+    and of each eight keys the two at 2 c. Its 16 bytes are in the order: eights of keys, queries, keys.
+    """
+    if seed is None:
+        return None
+    keep = round(256 * (1 - options["dropout_rate"]))
+    rows, columns = -(-s // 16), -(-t // 32)
+    block_row, block_column, lane = np.meshgrid(np.arange(rows), np.arange(columns), np.arange(32), indexing="ij")
+    result = np.empty((len(seed), rows, 2, 8, columns, 4, 4, 2))  # (queries: 8s, in 8), (keys: 8s, lanes, in lane)
+    for head, key in enumerate(seed):
+        words = _philox([32 * n + lane, 0 * lane, block_row, block_column], key)
+        octets = np.stack(words, -1).astype("<u4")[..., None].view(np.uint8)  # [rows, columns, 32, 4, 4]
+        octets = octets.reshape(rows, columns, 8, 4, 4, 2, 2)  # r, c, eights of keys, queries, keys
+        result[head] = np.where(octets < keep, 256 / keep, 0).transpose(0, 5, 2, 1, 4, 3, 6)
+    return result.reshape(len(seed), 16 * rows, 32 * columns)[:, :s, :t]
+
+
+def _seeds(arrays, b, h):
+    """The words that the key stands for: uint32 [b, h, 2]."""
+    if "dropout_key" not in arrays:
+        return [None] * b
+    return np.asarray(jax.random.bits(jnp.asarray(arrays["dropout_key"]), (b, h, 2), jnp.uint32))
 
 
 def _rotate(arith, x, cos, sin, positions, interleaved):
@@ -190,6 +234,7 @@ def _dense(arith, inputs, cotangents):
     slopes = np.broadcast_to(arith.load(arrays["alibi_slopes"]), (b, h)) if "alibi_slopes" in arrays else None
     sinks = arith.load(arrays["sinks"]) if "sinks" in arrays else None
     ids_q, ids_k = _ids(arrays)
+    seeds = _seeds(arrays, b, h)
     out, lse = np.zeros((b, s, h, e), arith.real), np.full((b, h, s), -np.inf, arith.real)
     grads = _zeros(arith, arrays) if cotangents else {}
     dbias = np.zeros((b, h, s, t), arith.real)
@@ -207,6 +252,7 @@ def _dense(arith, inputs, cotangents):
             sinks=sinks,
             ids_q=None if ids_q is None else ids_q[i],
             ids_k=None if ids_k is None else ids_k[i],
+            kept=_kept(inputs.options, seeds[i], 0, s, t),
         )
         out[i], lse[i] = one.out.transpose(1, 0, 2), one.lse
         logit = max(logit, one.logit)
@@ -241,6 +287,7 @@ def _packed(arith, inputs, cotangents):
     slopes = arith.load(arrays["alibi_slopes"]) if "alibi_slopes" in arrays else None
     sinks = arith.load(arrays["sinks"]) if "sinks" in arrays else None
     ids_q, ids_k = _ids(arrays)
+    (seed,) = _seeds(arrays, 1, h)
     out, lse = np.zeros((s, h, e), arith.real), np.full((h, s), -np.inf, arith.real)
     grads = _zeros(arith, arrays) if cotangents else {}
     dbias = None if bias is None else np.zeros(bias.shape, arith.real)
@@ -260,6 +307,7 @@ def _packed(arith, inputs, cotangents):
             sinks=sinks,
             ids_q=None if ids_q is None else ids_q[rows],
             ids_k=None if ids_k is None else ids_k[keys],
+            kept=_kept(inputs.options, seed, i, used_q[i], used_k[i]),
         )
         out[rows], lse[:, rows] = one.out.transpose(1, 0, 2), one.lse
         logit = max(logit, one.logit)

@@ -450,7 +450,7 @@ def test_handlers_survive_wrong_calls(tmp_path):
 
     scalars = dict(scale=np.float32(1), softcap=np.float32(0), window_left=np.int64(-1), window_right=np.int64(-1),
         top_left=False, max_seqlen_q=np.int64(-1), max_seqlen_k=np.int64(-1), deterministic=False,
-        num_splits=np.int64(0), yields=False)
+        num_splits=np.int64(0), yields=False, dropout_keep=np.int64(256))
     q, k = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 5, 2, 8))
     good = {"q": q, "k": k, "v": k}
     S = jax.ShapeDtypeStruct
@@ -493,6 +493,11 @@ def test_handlers_survive_wrong_calls(tmp_path):
     call("sinks dtype", good | {"sinks": jnp.zeros((1, 4), jnp.bfloat16)})
     call("cu_seqlens rows", good | {"cu_seqlens_q": jnp.zeros((1, 3), jnp.int32)})
     call("cu_seqlens empty", good | {"cu_seqlens_q": jnp.zeros((2, 0), jnp.int32)})
+    seed = {"dropout_seed": jnp.zeros((2, 4, 2), jnp.int32)}
+    call("words of a seed", good | {"dropout_seed": jnp.zeros((2, 4, 1), jnp.int32)})
+    call("heads of a seed", good | {"dropout_seed": jnp.zeros((2, 3, 2), jnp.int32)})
+    call("nothing kept", good | seed, scalars=scalars | {"dropout_keep": np.int64(0)})
+    call("too much kept", good | seed, scalars=scalars | {"dropout_keep": np.int64(257)})
     call("seqused", good | {"seqused_k": jnp.zeros((2, 2), jnp.int32)})
     call("page table of another batch", good | {"page_table": jnp.zeros((3, 2), jnp.int32)})
     call("attribute missing", scalars={x: y for x, y in scalars.items() if x != "softcap"})

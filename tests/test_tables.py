@@ -48,7 +48,7 @@ def test_targets(module):
 
 
 def test_slot_table():
-    letters = set("bshdtgencp")
+    letters = set("bshdtgencpw")
     for slot in SLOTS.values():
         assert slot.type in ("T", "F", "F32", "S32")
         assert set(slot.letters) <= letters, slot.name

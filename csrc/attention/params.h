@@ -51,8 +51,9 @@ struct Problem {
   const int32_t* seqused_k = nullptr;  // [b, n]: valid keys of each sequence, left padding included
   const int32_t* leftpad = nullptr;    // [b]: keys to skip at the front
   const int32_t* batch_idx = nullptr;  // [b]: the entry of k and v that a row reads
-  const int32_t* page_table = nullptr;  // [b, p]: the pages of a row, in order
-  const int32_t* shift = nullptr;       // [b]: keys by which the diagonal moves towards the end
+  const int32_t* page_table = nullptr;    // [b, p]: the pages of a row, in order
+  const int32_t* shift = nullptr;         // [b]: keys by which the diagonal moves towards the end
+  const int32_t* dropout_seed = nullptr;  // [b, h, 2]: the key of Philox, low word first
 };
 
 struct FwdParams : Problem {

@@ -18,7 +18,8 @@ constexpr const char* kFeatureNames[] = {"a window or causal mask",
                                          "deterministic",
                                          "a shift of the diagonal",
                                          "cu_seqlens",
-                                         "a scale that is not positive"};
+                                         "a scale that is not positive",
+                                         "dropout"};
 static_assert(1u << (sizeof(kFeatureNames) / sizeof(*kFeatureNames)) == kFeatureEnd);
 
 // The rows that this build holds: FLASHJAX_BUILT_KERNELS is " id id ... ", or undefined where
@@ -131,6 +132,7 @@ Facts facts_of(Direction direction, const Problem& p) {
   add(p.page_table, kPaged);
   add(p.shift, kShift);
   add(!(p.scale > 0), kScale);
+  add(p.dropout_seed, kDropout);
   add(p.deterministic && direction == Direction::Backward, kDeterministic);
   if (p.g > 0 && p.s <= 64 && p.t >= 4 * p.s) f.queries = p.s * (p.h / p.g);
   return f;

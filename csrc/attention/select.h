@@ -28,7 +28,8 @@ enum Feature : uint32_t {
   kPackedAlike = 1u
       << 12,  // the same cu_seqlens for queries and keys, all rows used, nothing else by position
   kScale = 1u << 13,  // not positive: a maximum of scores is then not one of dot products
-  kFeatureEnd = 1u << 14,
+  kDropout = 1u << 14,
+  kFeatureEnd = 1u << 15,
 };
 inline constexpr uint32_t kEverything = kFeatureEnd - 1;
 inline constexpr uint32_t kInPlace =

@@ -178,7 +178,8 @@ struct Backward {
                      own_ds, w, Into::kStore});
     float c = tile.transform(x, r.begin, r.end, own_s, slopes);
     tile.mask(x, r.begin, r.end, meet, own_s);
-    bool in_between = p.dbias || p.softcap != 0;
+    tile.drop(x, r.begin, r.end);
+    bool in_between = p.dbias || p.softcap != 0 || tile.kept;
     float *flat_p = p_flat + x * keys * kPanel / As::kDepth,
           *flat_ds = ds_flat + x * keys * kPanel / As::kDepth;
     if (kPairs && !in_between) {
@@ -204,9 +205,14 @@ struct Backward {
       S::F mean = S::load(delta + x * kPanel + l);
       for (int64_t j = 0; j < n; ++j) {
         int64_t o = j * w + l;
-        S::F weight = exp2(S::fma(S::load(s + o), factor, shift));
-        S::store(s + o, weight);
-        S::store(ds + o, S::mul(weight, S::sub(S::load(ds + o), mean)));
+        S::F weight = exp2(S::fma(S::load(s + o), factor, shift)), dweight = S::load(ds + o);
+        S::F used = weight;
+        if (tile.kept) {
+          const S::F kept = S::load(tile.kept + o);
+          used = S::mul(weight, kept), dweight = S::mul(dweight, kept);
+        }
+        S::store(s + o, used);
+        S::store(ds + o, S::mul(weight, S::sub(dweight, mean)));
       }
     }
   }

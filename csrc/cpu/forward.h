@@ -108,6 +108,7 @@ struct Forward {
     gemm<Op, false>({n, w, d, from.k_at(r.begin), d, panel_q(x), w, s, w, Into::kStore});
     float c = tile.transform(x, r.begin, r.end, s, nullptr);
     tile.mask(x, r.begin, r.end, meet, s);
+    tile.drop(x, r.begin, r.end);
     softmax(x, n, w, c);
     gemm<Op, true>({e, w, n / As::kDepth, from.v_deep_at(r.begin), e, s, w, panel_o(x), w,
                     Into::kScaleAdd, alpha});
@@ -137,6 +138,10 @@ struct Forward {
         S::F p0 = exp2_to<As::kDepth == 2>(S::fma(S::load(column + j * w), factor, minus));
         S::F p1 = exp2_to<As::kDepth == 2>(S::fma(S::load(column + (j + 1) * w), factor, minus));
         total0 = S::add(total0, p0), total1 = S::add(total1, p1);
+        if (tile.kept) {
+          p0 = S::mul(p0, S::load(tile.kept + j * w + l));
+          p1 = S::mul(p1, S::load(tile.kept + (j + 1) * w + l));
+        }
         if constexpr (As::kDepth == 2) {
           // Row j / 2 has been read already.
           S::store(column + j / 2 * w, As::Op::zip(p0, p1));
@@ -210,6 +215,7 @@ struct Forward {
       for (int64_t i = n; i < r.end - r.begin; ++i) Simd::store(s + i * kLanes, Simd::zero());
       float c = tile.transform(0, r.begin, r.end, s, nullptr);
       tile.mask(0, r.begin, r.end, meet, s);
+      tile.drop(0, r.begin, r.end);
       softmax(0, r.end - r.begin, kLanes, c);
       for (int64_t m = 0; m < kThin; ++m)
         for (int64_t i = 0; i < p.e; ++i) o_rows[m * p.e + i] *= alpha[m];

@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../attention/dropout.h"
 #include "../attention/params.h"
 #include "../attention/sequence.h"
 

@@ -41,6 +41,7 @@ struct Tile {
   float* slope;                  // ALiBi
   int64_t* bias;                 // index into bias of key 0
   float *bias_rows, *bias_tile;  // [kLanes, keys], [keys, width]
+  float* kept;                   // [keys, width]: dropout's factors of a panel; null without it
 
   Tile(const Problem& p, const Blocks& blocks, Arena& arena) : p(p) {
     int64_t n = blocks.rows;
@@ -51,6 +52,7 @@ struct Tile {
     int64_t keys = p.bias ? round_up(blocks.keys, kLanes) : 0;
     bias_rows = arena.take(kLanes * keys);
     bias_tile = arena.take(kPanel * keys);
+    kept = p.dropout_seed ? arena.take(kPanel * round_up(blocks.keys, kLanes)) : nullptr;
   }
 
   int64_t group() const { return p.h / p.g; }
@@ -191,6 +193,26 @@ struct Tile {
         if (segments) m = S::both(m, S::equal(own, S::loadi(segment + base + r)));
         S::store(row + r, S::select(m, S::load(row + r), none));
       }
+    }
+  }
+
+  // Fills `kept` for the keys [j0, j1) of a panel.
+  void drop(int64_t panel, int64_t j0, int64_t j1) {
+    if (!kept) return;
+    const int64_t base = panel * kPanel, w = width(panel);
+    const float scale = 256.f / static_cast<float>(p.dropout_keep);
+    for (int64_t r = 0; r < w; ++r) {
+      const int64_t m = imin(base + r, rows - 1), i = position(m);
+      const int32_t* seed = dropout_seed(p, task.b, head(m));
+      for (int64_t x = j0 / 32; 32 * x < j1; ++x)
+        for (int64_t pair = 0; pair < 4; ++pair) {
+          const Philox bits = dropout_block(seed, task.i, i, pair, x);
+          for (int64_t y = 0; y < 8; ++y) {
+            const int64_t j = 32 * x + y / 2 * 8 + 2 * pair + y % 2;
+            const uint32_t byte = bits.word[y / 2] >> (dropout_shift(i) + y % 2 * 8) & 255;
+            if (j >= j0 && j < j1) kept[(j - j0) * w + r] = byte < p.dropout_keep ? scale : 0;
+          }
+        }
     }
   }
 

@@ -177,7 +177,9 @@ inline ffi::Error decode_problem(const Call& call, const ffi::Dictionary& attrs,
   p.cu_seqlens_q = s32(k_cu_seqlens_q), p.cu_seqlens_k = s32(k_cu_seqlens_k);
   p.seqused_q = s32(k_seqused_q), p.seqused_k = s32(k_seqused_k);
   p.leftpad = s32(k_leftpad), p.batch_idx = s32(k_batch_idx), p.page_table = s32(k_page_table),
-  p.shift = s32(k_shift);
+  p.shift = s32(k_shift), p.dropout_seed = s32(k_dropout_seed);
+  if (p.dropout_seed && extents('w') != 2)
+    return InvalidArgument("`dropout_seed` has the wrong number of words");
   if (!p.segment_ids_q != !p.segment_ids_k)
     return InvalidArgument("`segment_ids_q` and `segment_ids_k` come together");
   if (p.bias) {
@@ -195,6 +197,8 @@ inline ffi::Error decode_problem(const Call& call, const ffi::Dictionary& attrs,
   }
 #include "../attention/attrs.def"
 #undef ATTR
+  if (p.dropout_seed && (p.dropout_keep < 1 || p.dropout_keep > 256))
+    return InvalidArgument("`dropout_keep` must be from 1 to 256");
   return ffi::Error::Success();
 }
 

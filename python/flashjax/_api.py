@@ -27,6 +27,8 @@ def flash_mha(
     segment_ids=None,
     causal_alignment="bottom_right",
     return_lse=False,
+    dropout_rate=0.0,
+    dropout_key=None,
     deterministic=False,
     implementation=None,
     sequence_layout=None,
@@ -50,6 +52,9 @@ def flash_mha(
       causal_alignment: where s != t, "bottom_right" puts the last query on the last key, "top_left" the first on the
         first. It places windows and alibi's distances too.
       return_lse: also return the log-sum-exp of the scores, float32 (b, h, s), differentiable.
+      dropout_rate: the share of attention weights that are dropped, rounded to a 256th; the others are scaled up. Which
+        ones depends on the key, the batch entry, the head and the positions alone, on every backend.
+      dropout_key: a key of jax.random, needed where dropout_rate > 0.
       deterministic: the backward adds in a fixed order, bitwise repeatable.
       implementation: "cpu", "cuda" or "reference" to insist on one; by default the best for the platform.
       sequence_layout: a `SequenceLayout`, the order in which q, k, v, bias, segment_ids and the results hold the
@@ -73,6 +78,7 @@ def flash_mha(
     extent = {letter: check.extent[letter] for letter in "bhst"}
     extent["t"] *= split.line.n if split.line else 1  # a device's rows of the bias have all columns
     bias = check.bias(bias, extent, q.dtype)
+    seed, keep = check.dropout(dropout_rate, dropout_key, q.shape[0], q.shape[2])
     attrs = check.attrs(
         q.shape[-1],
         softmax_scale,
@@ -82,6 +88,7 @@ def flash_mha(
         causal_alignment,
         implementation,
         deterministic=check.static_bool("deterministic", deterministic),
+        dropout_keep=keep,
         sequence=split,
     )
     arrays = {
@@ -92,6 +99,7 @@ def flash_mha(
         "alibi_slopes": check.per_head("alibi_slopes", alibi_slopes, batched=True),
         "sinks": check.per_head("sinks", sinks, batched=False),
         **check.segments(segment_ids, "b s", "b t"),
+        **seed,
     }
     return_lse = check.static_bool("return_lse", return_lse)
     out, lse = _attention(drop_absent(arrays), attrs=attrs)
@@ -119,6 +127,8 @@ def flash_mha_varlen(
     segment_ids=None,
     causal_alignment="bottom_right",
     return_lse=False,
+    dropout_rate=0.0,
+    dropout_key=None,
     deterministic=False,
     implementation=None,
     sequence_layout=None,
@@ -141,8 +151,8 @@ def flash_mha_varlen(
       bias: broadcastable to (n, h, max_seqlen_q, max_seqlen_k), indexed by positions within a sequence.
       alibi_slopes: (h,).
       segment_ids: int32 (s,), or a pair ((s,), (t,)).
-      softmax_scale, is_causal, window_size, softcap, sinks, causal_alignment, return_lse, deterministic,
-      implementation: as for `flash_mha`, for each sequence by itself.
+      softmax_scale, is_causal, window_size, softcap, sinks, causal_alignment, return_lse, dropout_rate, dropout_key,
+      deterministic, implementation: as for `flash_mha`, for each sequence by itself.
       sequence_layout, strategy, axis_name: as for `flash_mha`, for the s rows of all sequences together; cu_seqlens
         count rows in their natural order, and with `axis_name` those of all devices.
 
@@ -169,6 +179,7 @@ def flash_mha_varlen(
     }
     extent = {"n": check.extent["n"], "h": check.extent["h"], **longest}
     bias = check.bias(bias, extent, q.dtype)
+    seed, keep = check.dropout(dropout_rate, dropout_key, 1, q.shape[1])
     attrs = check.attrs(
         q.shape[-1],
         softmax_scale,
@@ -178,6 +189,7 @@ def flash_mha_varlen(
         causal_alignment,
         implementation,
         deterministic=check.static_bool("deterministic", deterministic),
+        dropout_keep=keep,
         **{name: -1 if x is None else x for name, x in longest.items()},
         sequence=check.split(sequence_layout, strategy, axis_name, is_self),
     )
@@ -199,6 +211,7 @@ def flash_mha_varlen(
         {
             "alibi_slopes": check.per_head("alibi_slopes", alibi_slopes, batched=False),
             "sinks": check.per_head("sinks", sinks, batched=False),
+            **seed,
         }
     )
     return_lse = check.static_bool("return_lse", return_lse)

@@ -132,6 +132,22 @@ class Checker:
                 self.fail("axis_name", f"of {mesh.manual_axes}, the manual axes here", name, ValueError, hint)
         return Line.of(names, mesh.shape)
 
+    def dropout(self, rate, key, b: int, h: int) -> tuple[dict[str, jax.Array], int]:
+        """The slot `dropout_seed`, if there is dropout, and how many of 256 weights are kept."""
+        rate = self.static_float("dropout_rate", rate)
+        keep = round(256 * (1 - rate))
+        if rate < 0 or keep < 1:
+            self.fail("dropout_rate", "from 0 to 255 / 256", rate)
+        if keep == 256:
+            return {}, keep
+        if key is None:
+            self.fail("dropout_key", "a key of jax.random, given with `dropout_rate`", None)
+        try:
+            bits = jax.random.bits(key, (b, h, 2), jnp.uint32)
+        except TypeError:
+            self.fail("dropout_key", "one key of jax.random", key, TypeError)
+        return {"dropout_seed": jax.lax.bitcast_convert_type(bits, jnp.int32)}, keep
+
     # Arrays.
 
     def array(self, name, x, dims: str, dtypes: Sequence[str] = (), why: str = ""):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flashjax import _dropout
 from flashjax._types import Arrays, Attrs
 
 _CHUNK_ELEMENTS = 1 << 23  # scores held at a time
@@ -69,7 +70,10 @@ def attention(arrays: Arrays, attrs: Attrs) -> tuple[jax.Array, jax.Array]:
         sinks = None
         if "sinks" in arrays:
             sinks = jnp.where(x["tokens"].valid[:, None], arrays["sinks"].astype(jnp.float32)[:, :, None], -jnp.inf)
-        return _softmax_times(scores, sinks, v)
+        kept = None
+        if "dropout_seed" in arrays:
+            kept = _dropout.weights(arrays["dropout_seed"], attrs.dropout_keep, x["tokens"], keys.position)
+        return _softmax_times(scores, sinks, v, kept)
 
     size = max(1, min(s, _CHUNK_ELEMENTS // max(1, b * h * t)))
     count = math.ceil(s / size) if s else 0
@@ -186,8 +190,11 @@ def _grouped_scores(q, k):
     return scores.reshape(b, h, s, k.shape[1])
 
 
-def _softmax_times(scores, sinks, v):
-    """softmax(scores (b, h, s, t)) @ v (b, t, g, e), and its log-sum-exp; a row of -inf gives 0 and -inf."""
+def _softmax_times(scores, sinks, v, kept):
+    """softmax(scores (b, h, s, t)) @ v (b, t, g, e), and its log-sum-exp; a row of -inf gives 0 and -inf.
+
+    `kept` multiplies the weights: dropout.
+    """
     b, h, s, t = scores.shape
     g, e = v.shape[2:]
     top = jnp.max(scores, axis=-1, initial=-jnp.inf)
@@ -200,6 +207,8 @@ def _softmax_times(scores, sinks, v):
         total += jnp.exp(sinks - top)
     sees = total > 0
     safe = jnp.where(sees, total, 1.0)
+    if kept is not None:
+        weights *= kept
     weights = weights.reshape(b, g, h // g if g else 0, s, t)
     out = jnp.einsum("bgrst,btge->bsgre", weights, v.astype(jnp.float32), precision="highest").reshape(b, s, h, e)
     sees_out, divisor = (jnp.moveaxis(x, 1, 2)[..., None] for x in (sees, safe))

@@ -80,6 +80,8 @@ def _why_no_parts(call: Call, extents: Extents, n: int) -> str | None:
             return f"a length of {letter} = {extent}{parts} is not split evenly by {n}"
     if not has_parts(call):
         return "the keys of a cache have no even parts"
+    if "dropout_seed" in names:
+        return "dropout goes by positions in whole sequences"
     if "alibi_slopes" in names and layout.kind == "striped" and not layout.is_natural:
         return 'alibi_slopes need neighbouring positions (the "zigzag" layout has them)'
     if "cu_seqlens_q" not in names and "cu_seqlens_k" not in names:

@@ -42,6 +42,7 @@ _FORWARD = (
     Slot("batch_idx", "S32", "b"),
     Slot("page_table", "S32", "b p"),
     Slot("shift", "S32", "b"),
+    Slot("dropout_seed", "S32", "b h w"),
 )
 _BACKWARD = (
     Slot("out", "T", "b s h e"),

@@ -46,6 +46,7 @@ void columns() {
   CHECK(picks({fwd, bf16, 100, 100, 0}, 90, "simt_fwd_bf16"));
   CHECK(picks({fwd, bf16, 128, 128, 0}, 80, "simt_fwd_bf16"));
   CHECK(picks({fwd, bf16, 128, 128, 0}, 120, "simt_fwd_bf16"));
+  CHECK(picks({fwd, bf16, 128, 128, kDropout}, 90, "simt_fwd_bf16"));
   CHECK(picks({fwd, f32, 512, 512, kEverything}, 90, "simt_fwd_f32"));
   CHECK(picks({bwd, bf16, 128, 128, kDeterministic}, 90, "simt_bwd_bf16"));
   CHECK(says({fwd, f32, 513, 64, 0}, 90, "d = 513"));
@@ -120,6 +121,7 @@ void facts() {
   CHECK(features([&](Problem& x) { x.batch_idx = &ids; }) == kBatchIdx);
   CHECK(features([&](Problem& x) { x.page_table = &ids; }) == kPaged);
   CHECK(features([&](Problem& x) { x.shift = &ids; }) == kShift);
+  CHECK(features([&](Problem& x) { x.dropout_seed = &ids; }) == kDropout);
   CHECK(features([](Problem& x) { x.deterministic = true; }) == kDeterministic);
   CHECK(features([](Problem& x) { x.deterministic = true; }, Direction::Forward) == 0);
   auto pack = [](const int32_t* q, const int32_t* k) {

@@ -74,6 +74,11 @@ static __global__ void __launch_bounds__(kThreads)
         float sum = 0.f;
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum += s[i][j] = expf(s[i][j] - from);
+        if (head.seed) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            if (s[i][j] != 0.f) s[i][j] *= head.kept(i0 + 4 * ty() + i, j0 + 4 * tx() + j);
+        }
         total[i] = total[i] * shrink + sum;
         top[i] = most;
 #pragma unroll

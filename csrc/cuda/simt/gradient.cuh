@@ -50,8 +50,8 @@ struct Operands {
         dout{static_cast<const T*>(p.dout) + h * p.e, p.h * p.e, p.e, stats.live_row} {}
 };
 
-// The weights of a tile, the gradient of its scores, and of scale * q.k. The tile's first query is
-// i0, its first key j0.
+// The weights of a tile (after dropout), the gradient of its scores, and of scale * q.k. The tile's
+// first query is i0, its first key j0.
 template <typename T>
 __device__ __forceinline__ void gradients(const Head& head, const Operands<T>& x,
                                           const Labels& labels, const Statistics& stats, int64_t i0,
@@ -72,9 +72,11 @@ __device__ __forceinline__ void gradients(const Head& head, const Operands<T>& x
       float bend = 0.f;
       const bool sees =
           stats.live_row[r] >= 0 && labels.meet(r, c) && head.in_window(i0 + r, j0 + c);
-      weight[i][j] =
+      const float kept = sees ? head.kept(i0 + r, j0 + c) : 0.f;
+      const float share =
           sees ? expf(head.score(i0 + r, j0 + c, weight[i][j], bend) - stats.lse[r]) : 0.f;
-      dscore[i][j] = sees ? weight[i][j] * (dweight[i][j] - stats.delta[r]) : 0.f;
+      weight[i][j] = share * kept;
+      dscore[i][j] = sees ? share * (kept * dweight[i][j] - stats.delta[r]) : 0.f;
       ddot[i][j] = dscore[i][j] * bend;
     }
 }

@@ -1,5 +1,6 @@
 // From q.k to the score that softmax sees, and which pairs take part at all.
 #pragma once
+#include "../../attention/dropout.h"
 #include "tile.cuh"
 
 namespace flashjax::simt {
@@ -8,12 +9,15 @@ namespace flashjax::simt {
 struct Head {
   const Problem& p;
   Sequence z;
-  int64_t bias;  // offset of [b, n, h, 0, 0]
-  float slope;   // of alibi
+  int64_t bias;         // offset of [b, n, h, 0, 0]
+  float slope;          // of alibi
+  int64_t n;            // the sequence's place in its row
+  const int32_t* seed;  // of dropout, or null
 
   __device__ __forceinline__ Head(const Problem& p, int64_t b, int64_t n, int64_t h,
                                   const Sequence& z)
-      : p(p), z(z), bias(0), slope(0.f) {
+      : p(p), z(z), bias(0), slope(0.f), n(n), seed(nullptr) {
+    if (p.dropout_seed) seed = dropout_seed(p, b, h);
     if (p.bias)
       bias = b * p.bias_shape.stride[0] + n * p.bias_shape.stride[1] + h * p.bias_shape.stride[2];
     if (p.alibi_slopes)
@@ -45,6 +49,11 @@ struct Head {
       x -= slope * static_cast<float>(distance < 0 ? -distance : distance);
     }
     return x;
+  }
+
+  // What dropout multiplies a weight by.
+  __device__ __forceinline__ float kept(int64_t i, int64_t j) const {
+    return seed ? dropout_factor(p, seed, n, i, j) : 1.f;
   }
 
   __device__ __forceinline__ bool in_window(int64_t i, int64_t j) const {
