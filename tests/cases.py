@@ -396,16 +396,19 @@ def _dense():
     ]:
         yield Case(f"heads-{h}-{g}", reason, s=39, t=41, h=h, g=g, causal=True)
     # More key tiles than a GPU has multiprocessors: a block goes on to other heads, and adds to what others began.
-    many = dict(b=5, h=16, d=64, dtype="bfloat16")
-    yield Case("many-heads", "several key tiles for each block", **many, g=16, s=130, t=257)
-    yield Case("many-heads-causal", "as before, with groups and unequal tiles", **many, g=8, s=130, t=400, causal=True)
+    many = dict(b=5, h=16, dtype="bfloat16")
+    yield Case("many-heads", "several key tiles for each block", **many, g=16, s=130, t=257, d=128)
+    yield Case(
+        "many-heads-causal", "as before, with groups and unequal tiles", **many, g=8, s=130, t=400, d=64, causal=True
+    )
     yield Case(
         "many-heads-window",
-        "as before, with query tiles and key tiles that nothing visits",
+        "as before, with query tiles that nothing visits",
         **many,
         g=16,
         s=300,
         t=150,
+        d=64,
         window=(20, 10),
     )
     yield Case("heads-8-2-bfloat16", "key gradients of a group add up before they round", h=8, t=65, dtype="bfloat16")
