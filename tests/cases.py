@@ -357,8 +357,17 @@ def _dense():
         inert = ("causal",) if s == 1 else ()
         yield Case(f"length-{s}x{t}", reason, b=1, s=s, t=t, h=2, g=1, causal=causal, dtype=dtype, inert=inert)
     yield Case("no-keys", "t = 0: every row sees nothing", t=0)
+    yield Case(
+        "no-keys-causal",
+        "t = 0 under a mask, by kernels that size their sections by the keys",
+        t=0,
+        causal=True,
+        dtype="bfloat16",
+        inert=("causal",),
+    )
     yield Case("no-keys-sinks", "t = 0 with sinks: the lse is the sink", t=0, sinks="normal")
     yield Case("no-queries", "s = 0: empty results, zero gradients of k and v", s=0)
+    yield Case("no-queries-causal", "s = 0 under a mask", s=0, causal=True, dtype="bfloat16", inert=("causal",))
     yield Case("no-batch", "b = 0: everything is empty", b=0)
 
     dims = [

@@ -112,7 +112,7 @@ inline Problem problem(const flashjax::Problem& p) {
 // Heads whose K and V, or Q and dO, fit in half of the L2 together, to be worked on at a time.
 inline int64_t heads_in_l2(int64_t bytes_of_one) {
   int64_t heads = 1;
-  while (2 * heads * bytes_of_one <= int64_t{32} << 20) heads *= 2;
+  while (heads < 1 << 20 && 2 * heads * bytes_of_one <= int64_t{32} << 20) heads *= 2;
   return heads;
 }
 
