@@ -57,7 +57,8 @@ cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStre
     const int64_t heads = (a.group + a.ratio - 1) / a.ratio;
     const int64_t chunk = (int64_t{32} << 20) / (heads * (p.d + p.e) * 2);
     Plan plan;
-    error = plan_sequences(p, {true, M, chunk, 0}, p.workspace, plan, stream);
+    const PlanShape ordered{true, M, chunk, 0};
+    error = plan_sequences(p, &ordered, 1, p.workspace, &plan, stream);
     if (error != cudaSuccess) return error;
     a.ticket = plan.ticket, a.spans = plan.spans, a.count = plan.count;
   } else if (K::kDyn && tiles > blocks && p.workspace_bytes >= 4) {

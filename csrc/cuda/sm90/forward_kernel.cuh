@@ -73,61 +73,37 @@ struct Forward {
     }
   };
 
-  // A tile, and where its rows are: in rows of one length by its number, else in its Span, which
-  // lies in shared memory, for registers are short.
-  struct Tile {
-    int m, row, of;  // of dense rows: tile of a head, row of the batch, head
-    u32 span;
+  template <bool kOneThread = false>
+  struct Tile : Rows<kSpan, kOneThread> {
+    using Base = Rows<kSpan, kOneThread>;
+    using Base::dense_first, Base::span, Base::load;
     DI Tile(const ForwardArgs& a, int t) {
       int per = a.group * a.mblocks, section = t / per, r = t - section * per;
       int g = min(a.group, a.p.b * a.p.h - section * a.group);
       int x = r / g, bh = section * a.group + r - x * g;
-      m = kMask ? a.mblocks - 1 - x : x;  // the longest first
-      row = bh / a.p.h;
-      of = bh - row * a.p.h;
+      dense_first = (kMask ? a.mblocks - 1 - x : x) * M;  // the longest first
+      this->dense_b = bh / a.p.h;
+      this->dense_head = bh - this->dense_b * a.p.h;
     }
-    DI explicit Tile(u32 span) : span(span) {}
-#define SPAN(name, dense)                                                        \
-  DI int name(const Problem& p) const {                                          \
-    if constexpr (kSpan) return load_int(span + __builtin_offsetof(Span, name)); \
-    return dense;                                                                \
-  }
-    SPAN(first, m* M)
-    SPAN(b, row)
-    SPAN(head, of)
-    SPAN(n, 0)
-    SPAN(q_len, p.s)
-    SPAN(k_len, p.t)
-    SPAN(q_end, (row + 1) * p.s)
-    SPAN(k_end, (row + 1) * p.t)
-    SPAN(k_begin, 0)
-    SPAN(diagonal, p.diagonal)
-    SPAN(begin, 0)
-    SPAN(end, p.t)
-    SPAN(compare, 0)
-#undef SPAN
+    DI explicit Tile(u32 at) { span = at; }
     // As publish() left them, for rows of sequences: those that need no mask stay there.
     DI Blocks blocks(const Problem& p) const {
       if constexpr (kSpan) {
         Blocks x{};
-        load_int2(x.begin, x.end, span + sizeof(Span));
+        x.begin = load(span + sizeof(Span)), x.end = load(span + sizeof(Span) + 4);
         return x;
       }
-      return key_blocks<N>(p, p.diagonal, m * M, min(m * M + M, p.s), 0, p.t);
+      return key_blocks<N>(p, p.diagonal, dense_first, min(dense_first + M, p.s), 0, p.t);
     }
     DI bool masked(const Blocks& x, int n) const {
       if constexpr (kSpan) {
         Blocks y;
-        load_int2(y.clear_begin, y.clear_end, span + sizeof(Span) + 8);
+        y.clear_begin = load(span + sizeof(Span) + 8);
+        y.clear_end = load(span + sizeof(Span) + 12);
         return y.masked(n);
       }
       return x.masked(n);
     }
-    // The coordinates of query i, and of key j, in the maps: b, or a sequence's end.
-    DI int q_row(const Problem& p, int i) const { return kSpan ? p.s - q_len(p) + i : i; }
-    DI int k_row(const Problem& p, int j) const { return kSpan ? p.t - k_len(p) + j : j; }
-    DI int q_box(const Problem& p) const { return kSpan ? q_end(p) : row; }
-    DI int k_box(const Problem& p) const { return kSpan ? k_end(p) : row; }
   };
 
   static DI void run(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mo,
@@ -199,7 +175,7 @@ struct Forward {
       } else if (t >= tiles) {
         break;
       }
-      const Tile tile = tile_of(a, x.tickets, slot, t);
+      const Tile<true> tile = tile_of<true>(a, x.tickets, slot, t);
       const Blocks n = tile.blocks(a.p);
       const int hk = tile.head(a.p) / a.ratio, k0 = tile.k_row(a.p, 0), box = tile.k_box(a.p);
       t = next;
@@ -221,11 +197,12 @@ struct Forward {
     }
   }
 
-  static DI Tile tile_of(const ForwardArgs& a, u32 tickets, int slot, int t) {
+  template <bool kOneThread>
+  static DI Tile<kOneThread> tile_of(const ForwardArgs& a, u32 tickets, int slot, int t) {
     if constexpr (kSpan)
-      return Tile(tickets + kSlot * slot);
+      return Tile<kOneThread>(tickets + kSlot * slot);
     else
-      return Tile(a, t);
+      return Tile<kOneThread>(a, t);
   }
 
   // The Span of tile t, with its head, to shared memory. Sections of heads, as with rows of one
@@ -241,7 +218,7 @@ struct Forward {
 #pragma unroll 1
     for (int i = 0; i < 4; i++) store_int4(to + 16 * i, from[i]);
     store_int(to + __builtin_offsetof(Span, head), section * a.group + r - n * g);
-    const Tile x(to);
+    const Tile<true> x(to);
     const int i0 = x.first(a.p);
     Blocks y = key_blocks<N>(a.p, x.diagonal(a.p), i0, min(i0 + M, x.q_len(a.p)), x.begin(a.p),
                              x.end(a.p));
@@ -267,38 +244,6 @@ struct Forward {
 #pragma unroll
     for (int j = 0; j < N / 8; j++) a = fmaxf(a, fmaxf(s[4 * j + 2 * hh], s[4 * j + 2 * hh + 1]));
     return a;
-  }
-
-  // Pairs of two segments become -inf. Each warp looks first whether its rows and the block's keys
-  // have but one id, all together.
-  static DI void mask_segments(const Problem& p, const Tile& tile, float (&s)[N / 2], int row0,
-                               int n) {
-    const int lane = threadIdx.x & 31;
-    int mine[2], ids[(N + 31) / 32];  // of keys lane, lane + 32, ...
-    {
-      const int q_len = tile.q_len(p), last = tile.k_len(p) - 1;
-      const int* queries = p.segment_q + (tile.q_end(p) - q_len);
-      mine[0] = queries[min(row0, q_len - 1)], mine[1] = queries[min(row0 + 8, q_len - 1)];
-      const int* keys = p.segment_k + (long long)tile.b(p) * p.t + tile.k_begin(p);
-#pragma unroll
-      for (int i = 0; i < (N + 31) / 32; i++) ids[i] = keys[min(n * N + 32 * i + lane, last)];
-    }
-    int least = ids[0], greatest = ids[0];
-#pragma unroll
-    for (int i = 1; i < N / 32; i++) least = min(least, ids[i]), greatest = max(greatest, ids[i]);
-    least = min(least, ids[(N - 1) / 32]), greatest = max(greatest, ids[(N - 1) / 32]);
-    const bool one = __all_sync(~0u, least == mine[0] && least == mine[1] && greatest == least) &&
-                     __reduce_min_sync(~0u, least) == __reduce_max_sync(~0u, least);
-    if (one) return;
-#pragma unroll
-    for (int j = 0; j < N / 8; j++) {
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const int id = __shfl_sync(~0u, ids[j / 4], 8 * (j % 4) + 2 * (lane & 3) + e);
-        if (id != mine[0]) s[4 * j + e] = -infinity();
-        if (id != mine[1]) s[4 * j + 2 + e] = -infinity();
-      }
-    }
   }
 
   static DI void consume(const TMap& mo, const ForwardArgs& a, int cw, const Layout& x) {
@@ -341,9 +286,7 @@ struct Forward {
       if constexpr (kDyn) {
         mb_wait(x.t_full + 8 * slot, (round >> 1) & 1);
         if constexpr (kSpan) {
-          if (__shfl_sync(~0u, load_int(x.tickets + kSlot * slot + __builtin_offsetof(Span, head)),
-                          0) < 0)
-            break;
+          if (Tile<>(x.tickets + kSlot * slot).head(p) < 0) break;
         } else {
           t = __shfl_sync(~0u, load_int(x.tickets + kSlot * slot), 0);
           if (lane == 0) mb_arrive(x.t_empty + 8 * slot);
@@ -351,13 +294,16 @@ struct Forward {
         round = (round & 4) | ((round + 1) & 3);
       }
       if (!kSpan && t >= a.tiles) break;
-      const Tile tile = tile_of(a, x.tickets, slot, t);
+      const Tile<> tile = tile_of<false>(a, x.tickets, slot, t);
       t += gridDim.x;
       auto done = [&]() {  // nobody of this warp reads the Span any more
         if constexpr (kSpan) {
           __syncwarp();
           if (lane == 0) mb_arrive(x.t_empty + 8 * slot);
         }
+        // Else the compiler takes the warp for divided from here on, and keeps no loop state or
+        // matrix descriptor in uniform registers.
+        __syncwarp();
       };
       const Blocks blocks = tile.blocks(p);
       int n = blocks.end - 1;
@@ -367,22 +313,20 @@ struct Forward {
                              ? p.sinks[tile.b(p) * p.sinks_b + tile.head(p)] * kLog2E
                              : -infinity();
       auto put_lse = [&](int row, float value) {
-        const int q_len = tile.q_len(p), in_row = tile.q_end(p) - q_len - tile.b(p) * p.s + row;
-        if ((lane & 3) == 0 && row < q_len)
-          a.lse[((long long)tile.b(p) * p.h + tile.head(p)) * p.s + in_row] = value;
+        const int q_len = tile.q_len(p), b = tile.b(p), in_row = tile.q_end(p) - q_len - b * p.s;
+        float* lse = a.lse + ((long long)b * p.h + tile.head(p)) * p.s + in_row;
+        if ((lane & 3) == 0 && row < q_len) lse[row] = value;
       };
       if (blocks.begin >= blocks.end) {  // no key for any row of the tile
-        const int q_len = tile.q_len(p), q_begin = tile.q_end(p) - q_len;
+        const int q_len = tile.q_len(p), q_begin = tile.q_end(p) - q_len, h = tile.head(p);
+        const int first = tile.first(p) + cw * 64;
         for (int i = threadIdx.x & 127; i < 64 * p.e / 2; i += 128) {
-          const int at = tile.first(p) + cw * 64 + i / (p.e / 2);
+          const int at = first + i / (p.e / 2);
           if (at < q_len)
-            a.out[((long long)(q_begin + at) * p.h + tile.head(p)) * (p.e / 2) + i % (p.e / 2)] = 0;
+            a.out[((long long)(q_begin + at) * p.h + h) * (p.e / 2) + i % (p.e / 2)] = 0;
         }
         for (int hh = 0; hh < 2; hh++) put_lse(row() + 8 * hh, sink * kLn2);
         done();
-        // Else the compiler takes the warp for divided from here on, and keeps no loop state or
-        // matrix descriptor in uniform registers.
-        __syncwarp();
         continue;
       }
       auto mask = [&](int n) {
@@ -411,7 +355,8 @@ struct Forward {
         }
         if (kSpan && tile.compare(p)) {
           wg_wait<0>();
-          mask_segments(p, tile, s, row0, n);
+          mask_segments(s, tile.query_ids(p), row0, tile.q_len(p), tile.key_ids(p), n * N,
+                        tile.k_len(p));
         }
       };
       auto transform = [&](int n) {  // what S holds, to the score in natural units
@@ -601,12 +546,11 @@ struct Forward {
       }
       fence_async();
       bar_sync(kBarOut + cw, 128);
+      const int to = tile.q_row(p, tile.first(p) + cw * 64), h = tile.head(p), box = tile.q_box(p);
       if (elect) {
 #pragma unroll
         for (int k = 0; k < E / 64; k++)
-          tma_store(&mo, x.o + k * M * 128 + cw * 8192, k * 64,
-                    tile.q_row(p, tile.first(p) + ((int)(threadIdx.x >> 7) - 1) * 64), tile.head(p),
-                    tile.q_box(p));
+          tma_store(&mo, x.o + k * M * 128 + cw * 8192, k * 64, to, h, box);
         bulk_commit();
         if constexpr (!kSepO) bulk_wait_read<0>(), mb_arrive(x.q_empty);
       }

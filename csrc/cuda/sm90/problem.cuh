@@ -43,7 +43,8 @@ struct alignas(64) Span {
   int compare;  // segment ids within [begin, end) are not all the tile's only one
   int padded;   // backward: where the queries begin in arrays padded to whole tiles
   int head;     // while a CTA works on the tile; < 0: there is no more
-  int unused[2];
+  int clean;    // backward: some query may have seen nothing
+  int unused;
 };
 
 struct Blocks {
@@ -84,6 +85,81 @@ DI Blocks query_blocks(const Problem& p, int j0, int j1, const int* near = nullp
   x.clear_begin = (all_first + M - 1) / M;
   x.clear_end = p.segment_q ? 0 : all_last / M;
   return x;
+}
+
+// A value that all threads of the warp have. Where control flow depends on one that was loaded, the
+// compiler has to know, or barriers and matrix descriptors leave the uniform registers.
+DI int agreed(int x) { return __shfl_sync(~0u, x, 0); }
+
+// Where the rows of a tile are: in rows of one length by three numbers, else in its Span, which
+// lies in shared memory, for registers are short. It is read by whole warps, or by one thread.
+template <bool kSpan, bool kOneThread = false>
+struct Rows {
+  int dense_first, dense_b, dense_head;
+  u32 span;
+  static DI int load(u32 at) {
+    const int x = load_int(at);
+    return kOneThread ? x : agreed(x);
+  }
+#define SPAN(name, dense)                                                    \
+  DI int name(const Problem& p) const {                                      \
+    if constexpr (kSpan) return load(span + __builtin_offsetof(Span, name)); \
+    return dense;                                                            \
+  }
+  SPAN(first, dense_first)
+  SPAN(b, dense_b)
+  SPAN(head, dense_head)
+  SPAN(n, 0)
+  SPAN(q_len, p.s)
+  SPAN(k_len, p.t)
+  SPAN(q_end, (dense_b + 1) * p.s)
+  SPAN(k_end, (dense_b + 1) * p.t)
+  SPAN(k_begin, 0)
+  SPAN(diagonal, p.diagonal)
+  SPAN(begin, 0)
+  SPAN(end, p.t)
+  SPAN(compare, 0)
+  SPAN(padded, 0)
+#undef SPAN
+  // The coordinates of query i, and of key j, in the maps: b, or a sequence's end.
+  DI int q_row(const Problem& p, int i) const { return kSpan ? p.s - q_len(p) + i : i; }
+  DI int k_row(const Problem& p, int j) const { return kSpan ? p.t - k_len(p) + j : j; }
+  DI int q_box(const Problem& p) const { return kSpan ? q_end(p) : dense_b; }
+  DI int k_box(const Problem& p) const { return kSpan ? k_end(p) : dense_b; }
+  DI const int* query_ids(const Problem& p) const { return p.segment_q + (q_end(p) - q_len(p)); }
+  DI const int* key_ids(const Problem& p) const {
+    return p.segment_k + (long long)b(p) * p.t + k_begin(p);
+  }
+};
+
+// Of a warpgroup's accumulator of 64 rows, pairs of two segments become -inf: this thread has the
+// rows `row` and row + 8 of `own`, and the columns first + 2 (lane % 4) + {0, 1, 8, 9, ...} of
+// `others`. Rows and columns from their counts on are somebody's, of whom it does not matter. Each
+// warp looks first whether all its ids are one.
+template <int kCount>
+DI void mask_segments(float (&s)[kCount], const int* own, int row, int rows, const int* others,
+                      int first, int columns) {
+  constexpr int kIds = (kCount + 15) / 16;
+  const int lane = threadIdx.x & 31;
+  const int mine[2] = {own[min(row, rows - 1)], own[min(row + 8, rows - 1)]};
+  int ids[kIds];  // of columns lane, lane + 32, ...
+#pragma unroll
+  for (int i = 0; i < kIds; i++) ids[i] = others[min(first + 32 * i + lane, columns - 1)];
+  int least = ids[0], greatest = ids[0];
+#pragma unroll
+  for (int i = 1; i < kIds; i++) least = min(least, ids[i]), greatest = max(greatest, ids[i]);
+  if (__all_sync(~0u, least == mine[0] && least == mine[1] && least == greatest) &&
+      __reduce_min_sync(~0u, least) == __reduce_max_sync(~0u, least))
+    return;
+#pragma unroll
+  for (int j = 0; j < kCount / 4; j++) {
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const int id = __shfl_sync(~0u, ids[j / 4], 8 * (j % 4) + 2 * (lane & 3) + e);
+      if (id != mine[0]) s[4 * j + e] = -infinity();
+      if (id != mine[1]) s[4 * j + 2 + e] = -infinity();
+    }
+  }
 }
 
 // The scores of one query head of a sequence, in natural units.

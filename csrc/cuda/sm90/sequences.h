@@ -16,7 +16,7 @@ struct PlanShape {
   int padding;  // rows to which each sequence of queries is padded where that is done
 };
 
-// Where a plan lies, in the workspace.
+// Where the tiles lie, in the workspace.
 struct Plan {
   Span* spans;
   int* count;   // of them
@@ -29,11 +29,12 @@ inline int64_t plan_tiles(const flashjax::Problem& p, const PlanShape& x) {
 }
 
 inline int64_t plan_bytes(const flashjax::Problem& p, const PlanShape& x) {
-  return 256 + plan_tiles(p, x) * 64 + 16 * p.b * (p.n + 1);
+  return 256 + plan_tiles(p, x) * 64 + (p.b * (p.n + 1) + 3) / 4 * 64;
 }
 
-// Enqueues what writes the plan to `workspace`, of plan_bytes(), aligned to 64.
-cudaError_t plan_sequences(const flashjax::Problem& p, const PlanShape& x, void* workspace,
-                           Plan& plan, cudaStream_t stream);
+// Enqueues what writes the plan of each of one or two shapes, one after the other in `workspace`,
+// plan_bytes() each, aligned to 64. Segment ids narrow what tiles of the first meet.
+cudaError_t plan_sequences(const flashjax::Problem& p, const PlanShape* shapes, int count,
+                           void* workspace, Plan* plans, cudaStream_t stream);
 
 }  // namespace flashjax::sm90
