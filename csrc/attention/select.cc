@@ -17,7 +17,6 @@ constexpr const char* kFeatureNames[] = {"a window or causal mask",
                                          "page_table",
                                          "deterministic",
                                          "a shift of the diagonal",
-                                         "cu_seqlens",
                                          "a scale that is not positive",
                                          "dropout"};
 static_assert(1u << (sizeof(kFeatureNames) / sizeof(*kFeatureNames)) == kFeatureEnd);
@@ -120,14 +119,9 @@ Facts facts_of(Direction direction, const Problem& p) {
   add(p.alibi_slopes, kAlibi);
   add(p.sinks, kSinks);
   add(p.segment_ids_q, kSegments);
-  // Packed self-attention: positions then differ within a sequence as they do within the row.
-  const bool used = p.seqused_q || p.seqused_k || p.leftpad;
-  const bool alike = p.cu_seqlens_q && p.cu_seqlens_q == p.cu_seqlens_k && p.s == p.t &&
-                     p.max_seqlen_q == p.max_seqlen_k && !used && !p.bias && !p.sinks &&
-                     !p.segment_ids_q;
-  add(alike, kPackedAlike);
-  add(!alike && (p.cu_seqlens_q || p.cu_seqlens_k), kPacked);
-  add(!alike && (used || p.max_seqlen_q >= 0 || p.max_seqlen_k >= 0), kSeqused);
+  add(p.cu_seqlens_q || p.cu_seqlens_k, kPacked);
+  add(p.seqused_q || p.seqused_k || p.leftpad || p.max_seqlen_q >= 0 || p.max_seqlen_k >= 0,
+      kSeqused);
   add(p.batch_idx, kBatchIdx);
   add(p.page_table, kPaged);
   add(p.shift, kShift);

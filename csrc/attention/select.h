@@ -25,11 +25,9 @@ enum Feature : uint32_t {
   kPaged = 1u << 9,
   kDeterministic = 1u << 10,
   kShift = 1u << 11,
-  kPackedAlike = 1u
-      << 12,  // the same cu_seqlens for queries and keys, all rows used, nothing else by position
-  kScale = 1u << 13,  // not positive: a maximum of scores is then not one of dot products
-  kDropout = 1u << 14,
-  kFeatureEnd = 1u << 15,
+  kScale = 1u << 12,  // not positive: a maximum of scores is then not one of dot products
+  kDropout = 1u << 13,
+  kFeatureEnd = 1u << 14,
 };
 inline constexpr uint32_t kEverything = kFeatureEnd - 1;
 inline constexpr uint32_t kInPlace =
@@ -37,11 +35,8 @@ inline constexpr uint32_t kInPlace =
 
 inline constexpr uint32_t kDense = kWindow | kSinks;  // rows of equal length
 inline constexpr uint32_t kInRows =
-    kDense | kSegments | kPacked | kSeqused | kShift | kPackedAlike;  // sequences of any length
+    kDense | kSegments | kPacked | kSeqused | kShift;  // sequences of any length
 inline constexpr uint32_t kInRowsScores = kInRows | kSoftcap | kBias | kAlibi | kScale;
-inline constexpr uint32_t kDenseScores =
-    kDense | kSoftcap | kBias | kAlibi | kSegments | kPackedAlike | kScale;
-
 inline constexpr uint32_t kCached = kWindow | kSoftcap | kAlibi | kSinks | kSeqused | kBatchIdx |
                                     kPaged | kShift | kScale;  // one sequence a row
 

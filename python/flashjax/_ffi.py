@@ -64,17 +64,19 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
     widest = max(d, arrays["v"].shape[-1])
     if arrays["q"].dtype == jnp.float32 or widest > 256:
         return 0
-    n = arrays["cu_seqlens_q"].shape[-1] - 1 if "cu_seqlens_q" in arrays else 1
-    documents = ("segment_ids_q" in arrays or "cu_seqlens_q" in arrays) * 8 * b  # the range that each tile can see
-    packed = ("cu_seqlens_q" in arrays) * 4 * b * (s + arrays["k"].shape[1])  # sequences as segment ids
+    packed = [arrays[name].shape[-1] - 1 for name in ("cu_seqlens_q", "cu_seqlens_k") if name in arrays]
+    n = max(packed, default=1)
+
+    def plan(rows, tile):  # counters, 64 bytes for each tile of a sequence or of a gap, and where they lie
+        return 256 + 64 * b * (rows // tile + 2 * n + 1) + 64 * -(-b * (n + 1) // 4)
+
     if target == "flashjax_fwd":
-        plan = 256 + b * (64 * (s // 128 + 2 * n + 1) + 16 * (n + 1))  # counters, and a plan of the tiles
-        return max(plan, _partial_results_bytes(arrays, attrs))
+        return max(plan(s, 128), _partial_results_bytes(arrays, attrs))
     width = next(x for x in (64, 128, 256) if widest <= x)
-    rows = -(-s // 128) * 128
+    rows = -(-s // 128) * 128 + 128 * n * bool(packed)  # each sequence begins a tile
     statistics = 4 * b * h * rows * (width + 2)  # dq in float32, and two numbers of each query
     counters = b * h * rows // 8 + 16  # 8 bytes for 64 queries
-    return statistics + counters + documents * -(-arrays["k"].shape[1] // 64) + packed
+    return -(-(statistics + counters) // 256) * 256 + plan(arrays["k"].shape[1], 64) + plan(s, 64)
 
 
 def _partial_results_bytes(arrays: Arrays, attrs: Attrs) -> int:

@@ -7,7 +7,7 @@
 #include "backward_passes.cuh"
 #include "backward_wide_kernel.cuh"
 #include "host.h"
-#include "segments.h"
+#include "sequences.h"
 
 namespace flashjax::simt {
 cudaError_t launch_backward_bias(const BwdParams&, cudaStream_t);  // csrc/cuda/simt/bias.cu
@@ -25,8 +25,10 @@ template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   static_assert(D == E);
   constexpr bool kF16 = kType == DType::kF16;
+  constexpr bool kScore = kVariant == cuda::Variant::kScores,
+                 kSpan = kScore || kVariant == cuda::Variant::kSequences;
   constexpr int kOptions = (kVariant != cuda::Variant::kFull ? kBackwardMasks : 0) |
-                           (kVariant == cuda::Variant::kScores ? kBackwardScores : 0);
+                           (kSpan ? kBackwardSpans : 0) | (kScore ? kBackwardScores : 0);
   // Over 128 columns need another division of labour.
   constexpr auto choose = [] {
     if constexpr (D > 128)
@@ -37,13 +39,27 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   };
   using K = typename decltype(choose())::Type;
   constexpr auto kernel = decltype(choose())::kKernel;
-  const int64_t rows = (p.s + 127) / 128 * 128, heads = p.b * p.h, nblocks = (p.t + N - 1) / N;
-  const int64_t blocks = nblocks * p.g * p.b;
+  // Sequences begin at multiples of M where queries are padded.
+  const int64_t rows = (p.s + 127) / 128 * 128 + (p.cu_seqlens_q || p.cu_seqlens_k ? 128 * p.n : 0);
+  const int64_t heads = p.b * p.h, nblocks = (p.t + N - 1) / N;
+  // Heads whose Q, dO and dQ fit in the L2 together, but enough of them that the short blocks of
+  // one section fill the gaps that the long ones of the next leave.
+  const int64_t longest = p.max_seqlen_q < 0 ? p.s : std::min(p.s, p.max_seqlen_q);
+  const int64_t near =
+      p.h ? std::max<int64_t>(std::max<int64_t>(heads_in_l2(16 * longest * D), 4) * p.g / p.h, 2)
+          : 2;
+  const int64_t chunk =
+      (int64_t{32} << 20) / (16 * D * std::max<int64_t>(near * p.h / std::max<int64_t>(p.g, 1), 1));
+  const PlanShape shapes[2] = {{false, N, chunk, M}, {true, M, p.t + 1, M}};
+  const int64_t query_tiles = kSpan ? plan_tiles(p, shapes[1]) : (p.s + M - 1) / M;
+  const int64_t blocks = (kSpan ? plan_tiles(p, shapes[0]) : nblocks * p.b) * p.g;
   if (heads == 0) return cudaSuccess;
-  if (blocks > INT32_MAX || p.s >= 1 << 29 || p.t >= 1 << 27 || p.h > 65535 || p.b > 65535)
+  if (blocks > INT32_MAX || query_tiles > INT32_MAX || heads * rows > INT32_MAX || p.s >= 1 << 29 ||
+      p.t >= 1 << 27 || p.h > 65535 || p.b > 65535)
     return cudaErrorInvalidConfiguration;
-  const int64_t used = heads * rows * (D + 2) * 4 + heads * rows / 8 + 16;
-  if (p.workspace_bytes < used) return cudaErrorInvalidValue;
+  const int64_t used = (heads * rows * (D + 2) * 4 + heads * rows / 8 + 16 + 255) / 256 * 256;
+  const int64_t plans = kSpan ? plan_bytes(p, shapes[0]) + plan_bytes(p, shapes[1]) : 0;
+  if (p.workspace_bytes < used + plans) return cudaErrorInvalidValue;
 
   BackwardArgs a{};
   a.p = problem(p);
@@ -56,18 +72,14 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   a.dq = static_cast<unsigned short*>(p.dq), a.d = static_cast<int>(p.d);
   a.nblocks = static_cast<int>(nblocks), a.group = 1;
   if (a.p.left >= 0 || a.p.right >= 0) {  // else all CTAs go through one head in step
-    // Heads whose Q, dO and dQ fit in the L2 together, but enough of them that the short blocks of
-    // one section fill the gaps that the long ones of the next leave.
-    const int64_t near = std::max<int64_t>(heads_in_l2(16 * p.s * D), 4) * p.g / p.h;
-    a.group = static_cast<int>(std::min(std::max<int64_t>(near, 2), p.g * p.b));
+    a.group = static_cast<int>(std::min(near, kSpan ? p.g : p.g * p.b));
   } else {
     a.stagger = K::kPersistent;
   }
   // A query may see nothing if its window lies before the first key or after the last, or if scores
-  // or segments say so.
-  a.clean = kVariant == cuda::Variant::kScores ||
-            (a.p.right >= 0 && a.p.diagonal + a.p.right < 0) ||
-            (a.p.left >= 0 && a.p.s - 1 + a.p.diagonal - a.p.left >= a.p.t);
+  // say so; of sequences their Spans say it.
+  a.clean = kScore || (!kSpan && ((a.p.right >= 0 && a.p.diagonal + a.p.right < 0) ||
+                                  (a.p.left >= 0 && a.p.s - 1 + a.p.diagonal - a.p.left >= a.p.t)));
 
   PassArgs pass{};
   pass.out = static_cast<const unsigned short*>(p.out);
@@ -77,23 +89,29 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   cudaError_t error = cudaSuccess;
   auto check = [&](cudaError_t x) { error = cuda::first_error(error, x); };
   const unsigned h = static_cast<unsigned>(p.h), b = static_cast<unsigned>(p.b);
-  if (K::kScore && p.workspace_bytes >= used + segments_bytes(p, nblocks))
-    check(segments(a.p, p, N, static_cast<char*>(p.workspace) + used, false, stream));
-  else if (p.cu_seqlens_q)
-    return cudaErrorInvalidValue;
+  if constexpr (kSpan) {
+    Plan plan[2];
+    check(plan_sequences(p, shapes, 2, static_cast<char*>(p.workspace) + used, plan, stream));
+    a.keys = plan[0].spans, a.key_tiles = plan[0].count;
+    a.queries = plan[1].spans, a.query_tiles = plan[1].count;
+  }
+  const unsigned tiles = static_cast<unsigned>(query_tiles);
   // Even without queries: the kernel counts from what this writes.
-  const unsigned statistics = static_cast<unsigned>(std::max<int64_t>(rows / 64, 1));
-  backward_statistics<K, kF16, D><<<dim3(statistics, h, b), 256, 0, stream>>>(pass, a);
+  const dim3 statistics = kSpan
+                              ? dim3(tiles, h, M / 64)
+                              : dim3(static_cast<unsigned>(std::max<int64_t>(rows / 64, 1)), h, b);
+  backward_statistics<K, kF16, D><<<statistics, 256, 0, stream>>>(pass, a);
   check(cudaGetLastError());
-  if (blocks > 0) {
+  if (blocks > 0 && p.t > 0) {
     TMap q, k, v, dout, dk, dv;
     const void* any = p.s ? p.q : p.k;  // a map needs an address, even of an array without rows
-    check(tensor_map(q, any, p.dtype, p.b, p.s, p.h, p.d, M));
-    check(tensor_map(dout, p.s ? p.dout : any, p.dtype, p.b, p.s, p.h, p.e, M));
-    check(tensor_map(k, p.k, p.dtype, p.b, p.t, p.g, p.d, N));
-    check(tensor_map(v, p.v, p.dtype, p.b, p.t, p.g, p.e, N));
-    check(tensor_map(dk, p.dk, p.dtype, p.b, p.t, p.g, p.d, K::kStoreRows));
-    check(tensor_map(dv, p.dv, p.dtype, p.b, p.t, p.g, p.e, K::kStoreRows));
+    auto map = [&](TMap& x, const void* data, int64_t rows, int64_t heads, int64_t width, int box) {
+      check(kSpan ? sequence_map(x, data, p.dtype, p.b, rows, heads, width, box)
+                  : tensor_map(x, data, p.dtype, p.b, rows, heads, width, box));
+    };
+    map(q, any, p.s, p.h, p.d, M), map(dout, p.s ? p.dout : any, p.s, p.h, p.e, M);
+    map(k, p.k, p.t, p.g, p.d, N), map(v, p.v, p.t, p.g, p.e, N);
+    map(dk, p.dk, p.t, p.g, p.d, K::kStoreRows), map(dv, p.dv, p.t, p.g, p.e, K::kStoreRows);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem));
     if (error != cudaSuccess) return error;
     const int64_t grid =
@@ -103,13 +121,12 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     check(cudaGetLastError());
   }
   if ((!K::kPersistent || p.yields) && p.s > 0) {
-    backward_convert<K, kF16, D>
-        <<<dim3(static_cast<unsigned>((p.s + M - 1) / M), h, b), 256, 0, stream>>>(a);
+    backward_convert<K, kF16, D><<<dim3(tiles, h, kSpan ? 1 : b), 256, 0, stream>>>(a);
     check(cudaGetLastError());
   }
   if (p.dsinks) {
     const unsigned own = static_cast<unsigned>(p.sinks_shape.dim[0]);
-    backward_sinks<kF16>
+    backward_sinks<K>
         <<<dim3(h, own), 256, 0, stream>>>(pass, a, p.sinks, p.dsinks, static_cast<int>(p.b / own));
     check(cudaGetLastError());
   }

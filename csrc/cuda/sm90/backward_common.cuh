@@ -12,7 +12,7 @@ struct BackwardArgs {
   const float *lse2,
       *delta;  // [b * h, rows]: lse * log2(e), +inf where P is to be 0; sum of dout * out - dlse
   float* acc;  // dQ, [b * h, rows * D]; register order within a tile of M x D
-  int rows;    // s rounded up to 128
+  int rows;    // of a head: s rounded up to 128, or more, for each sequence begins a tile
   int nblocks, group;  // key blocks of a head; key heads of an L2 section
   int clean;    // some query of a visited tile may have seen nothing, and its dout may be NaN
   int stagger;  // key blocks of a head begin at different queries
@@ -21,6 +21,8 @@ struct BackwardArgs {
   int yields;   // transfers want to start beside the kernel: no CTA stays for a second key tile
   unsigned short* dq;  // [b, s, h, d]
   int d;
+  const Span *keys, *queries;          // of sequences: tiles of N keys, in order, and of M queries
+  const int *key_tiles, *query_tiles;  // how many
 };
 
 // The key blocks that add to a tile of dQ: how many there are, have begun, and are done. Whoever
@@ -39,56 +41,90 @@ struct Visits {
 
 enum : int {
   kBackwardMasks = 1,   // windows
-  kBackwardScores = 2,  // softcap, bias, alibi, segment ids
+  kBackwardSpans = 2,   // sequences in the rows, and segment ids
+  kBackwardScores = 4,  // softcap, bias, alibi
 };
 
 // N keys of one key head, the queries that see some of them, and the group's query heads.
-struct KeyTile {
-  int n, g, b, first_head, heads;
-  int start;  // the walk goes from here to the end of `blocks`, and on from its beginning
-  Blocks blocks;
+template <bool kSpan>
+struct KeyTile : Rows<kSpan> {
+  int g, first_head, heads;
+  int start;      // the walk goes from here to the end of `blocks`, and on from its beginning
+  bool clean;     // as in BackwardArgs, of this tile
+  Blocks blocks;  // of a Span those that need no mask stay behind it, in shared memory
+  DI bool masked(int m) const {
+    if constexpr (!kSpan) return blocks.masked(m);
+    Blocks x;
+    x.clear_begin = this->load(this->span + sizeof(Span));
+    x.clear_end = this->load(this->span + sizeof(Span) + 4);
+    return x.masked(m);
+  }
   DI u32 steps() const { return heads * (blocks.end - blocks.begin); }
+  DI Rows<kSpan, true> rows() const {  // for one thread
+    return {this->dense_first, this->dense_b, this->dense_head, this->span};
+  }
 };
 
 struct Walk {
   int m, h;
-  DI explicit Walk(const KeyTile& x) : m(x.start), h(x.first_head) {}
-  DI void next(const KeyTile& x) {
+  template <class Tile>
+  DI explicit Walk(const Tile& x) : m(x.start), h(x.first_head) {}
+  template <class Tile>
+  DI void next(const Tile& x) {
     if (++m == x.blocks.end) m = x.blocks.begin;
     if (m == x.start) h++;
   }
 };
 
-// The queries that see some keys of block n.
+// The queries that see some keys of block n, in rows of one length.
 template <class K>
-DI Blocks queries_of(const BackwardArgs& a, int n, int b) {
-  return query_blocks<K::kM>(a.p, n * K::kN, min(n * K::kN + K::kN, a.p.t),
-                             K::kScore && a.p.near ? a.p.near + 2 * (b * a.nblocks + n) : nullptr);
+DI Blocks queries_of(const BackwardArgs& a, int n) {
+  return query_blocks<K::kM, true>(a.p, a.p.diagonal, n * K::kN, min(n * K::kN + K::kN, a.p.t), 0,
+                                   a.p.s, a.p.s);
 }
 
 // Sections of `group` key heads; key blocks outermost inside one, so that under a causal mask the
-// longest go first.
+// longest go first. A Span goes to shared memory, to `span`: by all threads, before a barrier.
 template <class K>
-DI KeyTile key_tile(const BackwardArgs& a, int i) {
+DI KeyTile<K::kSpan> key_tile(const BackwardArgs& a, int i, u32 span = 0) {
+  constexpr bool kSpan = K::kSpan;
   const Problem& p = a.p;
-  const int per = a.group * a.nblocks, section = i / per, r = i - section * per;
-  const int heads = min(a.group, p.b * p.g - section * a.group);
-  const int bg = section * a.group + r % heads;
-  KeyTile x;
-  x.n = r / heads, x.g = bg % p.g, x.b = bg / p.g, x.heads = p.h / p.g;
-  x.first_head = x.g * x.heads;
-  x.blocks = queries_of<K>(a, x.n, x.b);
+  const int tiles = kSpan ? agreed(*a.key_tiles) : a.nblocks, all = kSpan ? p.g : p.b * p.g;
+  const int per = a.group * tiles, section = i / per, r = i - section * per;
+  const int heads = min(a.group, all - section * a.group);
+  const int n = r / heads, bg = section * a.group + r % heads;
+  KeyTile<kSpan> x;
+  x.heads = p.h / p.g, x.g = bg % p.g, x.first_head = x.g * x.heads;
+  if constexpr (kSpan) {
+    x.span = span;
+    const Span& from = a.keys[n];
+    x.clean = agreed(from.clean) || a.clean;
+    x.blocks = query_blocks<K::kM, !K::kScore>(p, from.diagonal, from.first,
+                                               min(from.first + K::kN, from.k_len), from.begin,
+                                               from.end, from.q_len);
+    if (from.compare) x.blocks.clear_end = 0;
+    x.blocks.begin = agreed(x.blocks.begin), x.blocks.end = agreed(x.blocks.end);
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) store_int4(span + 16 * j, ((const int4*)&from)[j]);
+      store_int4(span + sizeof(Span), make_int4(x.blocks.clear_begin, x.blocks.clear_end, 0, 0));
+    }
+  } else {
+    x.dense_first = n * K::kN, x.dense_b = bg / p.g, x.dense_head = x.g;
+    x.clean = a.clean;
+    x.blocks = queries_of<K>(a, n);
+  }
   x.start = x.blocks.begin;
   if (K::kPersistent && a.stagger)
-    x.start += (int)((long long)x.n * (x.blocks.end - x.blocks.begin) / a.nblocks);
+    x.start += (int)((long long)n * (x.blocks.end - x.blocks.begin) / a.nblocks);
   return x;
 }
 
 template <class K>
 struct BackwardProducer {
   using Layout = typename K::Layout;
+  using Tile = KeyTile<K::kSpan>;
   static constexpr int M = K::kM, N = K::kN, kStages = K::kStages, kChunks = K::kChunks;
-  static constexpr bool kScore = K::kScore;
 
   // By one thread. Q and dO are released by 2 warpgroups, and Q by the cleaning warp, if it runs.
   static DI void init(const Layout& x, bool clean) {
@@ -96,75 +132,57 @@ struct BackwardProducer {
     for (int i = 0; i < kStages; i++) {
       mb_init(x.q_full + 8 * i, 1), mb_init(x.q_empty + 8 * i, 2 + clean);
       mb_init(x.o_full + 8 * i, 1), mb_init(x.o_empty + 8 * i, 2);
-      mb_init(x.o_raw + 8 * i, 1), mb_init(x.q_raw + 8 * i, 1);
+      mb_init(x.o_raw + 8 * i, 1);
     }
     mb_init_fence();
     fence_async();
   }
 
   // The keys of a tile, of K or V; `full` expects them.
-  static DI void load_keys(const TMap& map, u32 to, const KeyTile& tile, u32 full) {
+  static DI void load_keys(const TMap& map, const Problem& p, u32 to, const Tile& tile, u32 full) {
+    const auto rows = tile.rows();
+    const int row = rows.k_row(p, rows.first(p)), box = rows.k_box(p);
 #pragma unroll 1
     for (int c = 0; c < kChunks; c++)
-      tma_load(to + c * N * 128, &map, full, c * 64, tile.n * N, tile.g, tile.b, kEvictFirst);
+      tma_load(to + c * N * 128, &map, full, c * 64, row, tile.g, box, kEvictFirst);
   }
 
   // The queries of one step; `it` counts the steps of a CTA, here and below.
   static DI void load_queries(const TMap& mq, const TMap& mdo, const BackwardArgs& a,
-                              const Layout& x, int b, const Walk& at, u32 it) {
-    const bool packed = kScore && a.p.packed;
+                              const Layout& x, const Tile& tile, const Walk& at, u32 it) {
+    const auto rows = tile.rows();
     const u32 s = it % kStages;
     // M rows, and a number of each, once a stage is free.
-    auto put = [&](const TMap& map, u32 rows, u32 numbers, u32 empty, u32 full, const float* from) {
+    auto put = [&](const TMap& map, u32 to, u32 numbers, u32 empty, u32 full, const float* from) {
       mb_wait(empty + 8 * s, ~(it / kStages) & 1);
       mb_expect(full + 8 * s, K::kQBytes + M * 4);
 #pragma unroll 1
       for (int c = 0; c < kChunks; c++)
-        tma_load(rows + s * K::kQBytes + c * M * 128, &map, full + 8 * s, c * 64, at.m * M, at.h, b,
-                 kEvictLast);
-      bulk_load(numbers + s * M * 4, from + ((long long)b * a.p.h + at.h) * a.rows + at.m * M,
-                M * 4, full + 8 * s);
+        tma_load(to + s * K::kQBytes + c * M * 128, &map, full + 8 * s, c * 64,
+                 rows.q_row(a.p, at.m * M), at.h, rows.q_box(a.p), kEvictLast);
+      const int row = (rows.b(a.p) * a.p.h + at.h) * a.rows + rows.padded(a.p) + at.m * M;
+      bulk_load(numbers + s * M * 4, from + row, M * 4, full + 8 * s);
     };
-    put(mq, x.q, x.lse, x.q_empty, packed ? x.q_raw : x.q_full, a.lse2);
-    put(mdo, x.o, x.delta, x.o_empty, kScore || a.clean ? x.o_raw : x.o_full, a.delta);
+    put(mq, x.q, x.lse, x.q_empty, x.q_full, a.lse2);
+    put(mdo, x.o, x.delta, x.o_empty, tile.clean ? x.o_raw : x.o_full, a.delta);
   }
 
-  // Rows whose P is 0 become 0, for 0 * NaN is NaN: of dO always, and of Q, K and V where sequences
-  // are packed. By a warp, and only if a.clean.
-  static DI void clean_keys(const Problem& p, u32 k, u32 v, const KeyTile& tile) {
+  // Rows of dO whose P is 0 become 0, for 0 * NaN is NaN. By a warp, and only if tile.clean.
+  static DI void clean_queries(const Layout& x, const Tile& tile, u32& it) {
     const int lane = threadIdx.x & 31;
-#pragma unroll 1
-    for (int r0 = 0; r0 < N; r0 += 32) {
-      const int key = tile.n * N + r0 + lane;
-      const u32 dead =
-          __ballot_sync(~0u, key < p.t && p.segment_k[(long long)tile.b * p.t + key] == kNoKey);
-      clear_rows<kChunks>(k, N, r0, dead);
-      clear_rows<kChunks>(v, N, r0, dead);
-    }
-    fence_async();
-    __syncwarp();
-  }
-  static DI void clean_queries(const Problem& p, const Layout& x, const KeyTile& tile, u32& it) {
-    const int lane = threadIdx.x & 31;
-    const bool packed = kScore && p.packed;
 #pragma unroll 1
     for (const u32 end = it + tile.steps(); it < end; it++) {
       const u32 s = it % kStages;
-      mb_wait((packed ? x.q_raw : x.q_full) + 8 * s, it / kStages & 1);
+      mb_wait(x.q_full + 8 * s, it / kStages & 1);
       mb_wait(x.o_raw + 8 * s, it / kStages & 1);
 #pragma unroll 1
       for (int r0 = 0; r0 < M; r0 += 32) {
         const float l = load_shared(x.lse + s * M * 4 + (r0 + lane) * 4);
-        const u32 dead = __ballot_sync(~0u, l == infinity());
-        clear_rows<kChunks>(x.o + s * K::kQBytes, M, r0, dead);
-        if (packed) clear_rows<kChunks>(x.q + s * K::kQBytes, M, r0, dead);
+        clear_rows<kChunks>(x.o + s * K::kQBytes, M, r0, __ballot_sync(~0u, l == infinity()));
       }
       fence_async();
       __syncwarp();
-      if (lane == 0) {
-        if (packed) mb_arrive(x.q_full + 8 * s);
-        mb_arrive(x.o_full + 8 * s), mb_arrive(x.q_empty + 8 * s);
-      }
+      if (lane == 0) mb_arrive(x.o_full + 8 * s), mb_arrive(x.q_empty + 8 * s);
     }
   }
 };
@@ -182,16 +200,6 @@ DI void mask_row(float (&x)[kCount], int half, int least, int most) {
       if (8 * j + e < least || 8 * j + e > most) x[4 * j + 2 * half + e] = -infinity();
 }
 
-// The row keeps the columns whose id is its own. `ids` has `count`, that of column c at `first`.
-template <int kCount>
-DI void mask_segment(float (&x)[kCount], int half, int own, const int* ids, int first, int count) {
-#pragma unroll
-  for (int j = 0; j < kCount / 4; j++)
-#pragma unroll
-    for (int e = 0; e < 2; e++)
-      if (ids[min(first + 8 * j + e, count - 1)] != own) x[4 * j + 2 * half + e] = -infinity();
-}
-
 // To shared memory in 16 bits, times f: this lane's `row` of a swizzled tile at `to`, whose chunks
 // of 64 columns are `chunk` bytes apart. Lanes 8 to 15 name rows 8 further.
 template <bool F16, int kCount>
@@ -206,13 +214,14 @@ DI void put_rows(const float (&x)[kCount], u32 to, int chunk, int row, float f) 
               pack<F16>(x[8 * s + 6] * f, x[8 * s + 7] * f));
 }
 
-// Tile m of dq of head `bh`: scale * `tile`, which is in register order, in 16 bits. By warps: of
-// the M * D / 512 groups of 16 rows x 32 columns, those from `first` to `end`, `step` apart.
+// `rows` of dq of a head, from number `begin` over [b, s] on: scale * `tile`, which is in register
+// order, in 16 bits. By warps: of the M * D / 512 groups of 16 rows x 32 columns, those from
+// `first` to `end`, `step` apart.
 template <bool F16, int D, int M, bool kByRows>
-DI void convert_dq(const BackwardArgs& a, const float* tile, int bh, int m, int first, int end,
-                   int step) {
+DI void convert_dq(const BackwardArgs& a, const float* tile, int h, int begin, int rows, int first,
+                   int end, int step) {
   constexpr int kAcross = (kByRows ? D : D / 2) / 32;  // groups side by side in a warpgroup's part
-  const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, b = bh / a.p.h;
+  const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
 #pragma unroll 1
   for (int i = first; i < end; i += step) {
     const int j = i % kAcross * 4, w = i / kAcross % 4, cw = i / (4 * kAcross);
@@ -229,10 +238,10 @@ DI void convert_dq(const BackwardArgs& a, const float* tile, int bh, int m, int 
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       transpose_quad(x[half], q);
-      const int row = m * M + (kByRows ? cw * 64 : 0) + w * 16 + g + 8 * half;
+      const int row = (kByRows ? cw * 64 : 0) + w * 16 + g + 8 * half;
       const int column = (kByRows ? 0 : cw * (D / 2)) + 8 * (j + q);
-      if (row < a.p.s && column < a.d)
-        *(uint4*)(a.dq + (((long long)b * a.p.s + row) * a.p.h + bh - b * a.p.h) * a.d + column) =
+      if (row < rows && column < a.d)
+        *(uint4*)(a.dq + ((long long)(begin + row) * a.p.h + h) * a.d + column) =
             make_uint4(x[half][0], x[half][1], x[half][2], x[half][3]);
     }
   }

@@ -17,12 +17,14 @@ struct Backward {
                        kStoreRows = 64;
   static constexpr int kConsumerRegs = D == 128 && (kOptions & kBackwardScores) ? 240 : 232,
                        kProducerRegs = kConsumerRegs == 240 ? 24 : 40;
-  static constexpr bool kMask = kOptions & kBackwardMasks, kScore = kOptions & kBackwardScores;
+  static constexpr bool kMask = kOptions & kBackwardMasks, kSpan = kOptions & kBackwardSpans,
+                        kScore = kOptions & kBackwardScores;
+  using Tile = KeyTile<kSpan>;
   // One CTA a multiprocessor, which takes key tiles until there are none, counts the visits of each
-  // tile of dQ, and converts tiles that are complete; where the producers have registers for that.
+  // tile of dQ, and converts tiles that are complete; in rows of one length.
   // Else a CTA a key tile, and dQ is cleared before and converted after. A call that yields is in
   // between: a CTA a key tile, which counts, and dQ is converted after.
-  static constexpr bool kPersistent = kProducerRegs >= 40;
+  static constexpr bool kPersistent = !kSpan;
   // How dQ (M x D) is split over the two warpgroups: by rows, or by columns.
   static constexpr bool kByRows = M == 128;
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kDsBytes = M * N * 2,
@@ -38,18 +40,16 @@ struct Backward {
 
   struct Layout {
     u32 k, v, q, o, ds, dq, lse, delta;  // two stages, one of V and dQ
-    u32 k_raw, k_full, k_empty, v_raw, v_full, v_empty, q_raw, q_full, q_empty, o_raw, o_full,
-        o_empty;
-    u32 item, unit;
+    u32 k_full, k_empty, v_full, v_empty, q_full, q_empty, o_raw, o_full, o_empty;
+    u32 item, unit, span;
     DI explicit Layout(u32 base) {
       k = base, v = k + 2 * kKBytes, q = v + kKBytes, o = q + kStages * kQBytes;
       ds = o + kStages * kQBytes, dq = ds + 2 * kDsBytes, lse = dq + kDqBytes;
-      delta = lse + kStages * M * 4, k_raw = delta + kStages * M * 4;
-      k_full = k_raw + 16, k_empty = k_full + 16;
-      v_raw = k_empty + 16, v_full = v_raw + 8, v_empty = v_full + 8;
-      q_raw = v_empty + 8, q_full = q_raw + 16, q_empty = q_full + 16;
+      delta = lse + kStages * M * 4, k_full = delta + kStages * M * 4, k_empty = k_full + 16;
+      v_full = k_empty + 16, v_empty = v_full + 8;
+      q_full = v_empty + 8, q_empty = q_full + 16;
       o_raw = q_empty + 16, o_full = o_raw + 16, o_empty = o_full + 16;
-      item = o_empty + 16, unit = item + 8;
+      item = o_empty + 16, unit = item + 8, span = k_full + 160;
     }
   };
 
@@ -58,25 +58,27 @@ struct Backward {
     extern __shared__ unsigned char smem_raw[];
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
+    if (kSpan && (int)blockIdx.x >= agreed(*a.key_tiles) * a.p.g) return;
+    Tile only;  // of sequences
+    if constexpr (kSpan) only = key_tile<Backward>(a, blockIdx.x, x.span);
+    const bool clears = kSpan ? only.clean : a.clean;
     if (threadIdx.x == 0) {
-      for (int i = 0; i < 2; i++) {
-        mb_init(x.k_raw + 8 * i, 1), mb_init(x.k_full + 8 * i, 1);
-        mb_init(x.k_empty + 8 * i, 3 + a.clean);
-      }
-      mb_init(x.v_raw, 1), mb_init(x.v_full, 1), mb_init(x.v_empty, 2);
+      for (int i = 0; i < 2; i++)
+        mb_init(x.k_full + 8 * i, 1), mb_init(x.k_empty + 8 * i, 3 + clears);
+      mb_init(x.v_full, 1), mb_init(x.v_empty, 2);
       store_int(x.unit, 0);
-      Producer::init(x, a.clean);
+      Producer::init(x, clears);
     }
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
       const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
       if (threadIdx.x == 0)
-        load(mq, mk, mv, mdo, a, x);
+        load(mq, mk, mv, mdo, a, x, only);
       else if (warp == 1)
-        add(a, x);
-      else if (warp == 2 && a.clean)
-        clean(a, x);
+        add(a, x, only);
+      else if (warp == 2 && clears)
+        clean(a, x, only);
       else if (kPersistent && warp >= 2 && !a.yields)
         finish(a, x);
     } else {
@@ -84,28 +86,31 @@ struct Backward {
       u32 it = 0;
 #pragma unroll 1
       for (u32 k = 0; k == 0 || kPersistent; k++) {
-        const int i = item(x, x.k_full, k);
+        const int i = item(x, k);
         if (i < 0) break;
-        compute(mdk, mdv, a, x, key_tile<Backward>(a, i), wg - 1, k, it);
+        compute(mdk, mdv, a, x, tile_of(a, i, only), wg - 1, k, it);
       }
       if ((threadIdx.x & 127) == 0) bulk_wait<0>();
       if (kPersistent && !a.yields) finish(a, x);
     }
   }
 
+  static DI Tile tile_of(const BackwardArgs& a, int i, const Tile& only) {
+    if constexpr (kSpan)
+      return only;
+    else
+      return key_tile<Backward>(a, i);
+  }
+
   // The k-th key tile of this CTA, once its K is there; -1 at the end.
-  static DI int item(const Layout& x, u32 full, u32 k) {
-    if (!kPersistent) {
-      mb_wait(full, 0);
-      return blockIdx.x;
-    }
-    mb_wait(full + 8 * (k & 1), k / 2 & 1);
+  static DI int item(const Layout& x, u32 k) {
+    mb_wait(x.k_full + 8 * (k & 1), k / 2 & 1);
+    if (!kPersistent) return blockIdx.x;
     return __shfl_sync(~0u, load_int(x.item + 4 * (k & 1)), 0);
   }
 
   static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
-                      const BackwardArgs& a, const Layout& x) {
-    const bool packed = kScore && a.p.packed;
+                      const BackwardArgs& a, const Layout& x, const Tile& only) {
     u32 it = 0;
     // Not even the first is a CTA's own: then nobody waits for a CTA that does not run yet. And
     // none is taken early, or a long key tile would hold the next.
@@ -113,7 +118,7 @@ struct Backward {
     int i = take();
 #pragma unroll 1
     for (u32 k = 0; k == 0 || kPersistent; k++) {
-      const u32 full = (packed ? x.k_raw : x.k_full) + 8 * (k & 1);
+      const u32 full = x.k_full + 8 * (k & 1);
       if (kPersistent) mb_wait(x.k_empty + 8 * (k & 1), ~(k / 2) & 1);
       const bool end = kPersistent && (i >= a.nblocks * a.p.b * a.p.g || (a.yields && k > 0));
       if (kPersistent) store_int(x.item + 4 * (k & 1), end ? -1 : i);
@@ -121,64 +126,54 @@ struct Backward {
         mb_arrive(full);
         return;
       }
-      const KeyTile tile = key_tile<Backward>(a, i);
+      const Tile tile = tile_of(a, i, only);
       mb_expect(full, kKBytes);
-      Producer::load_keys(mk, x.k + (k & 1) * kKBytes, tile, full);
+      Producer::load_keys(mk, a.p, x.k + (k & 1) * kKBytes, tile, full);
       Walk at(tile);
       u32 left = tile.steps();
       // V after the queries of the first step, since the last key tile frees it later.
       auto step = [&] {
-        Producer::load_queries(mq, mdo, a, x, tile.b, at, it);
+        Producer::load_queries(mq, mdo, a, x, tile, at, it);
         left--, it++, at.next(tile);
       };
       if (left) step();
-      const u32 v_full = packed ? x.v_raw : x.v_full;
       if (kPersistent) mb_wait(x.v_empty, ~k & 1);
-      mb_expect(v_full, kKBytes);
-      Producer::load_keys(mv, x.v, tile, v_full);
+      mb_expect(x.v_full, kKBytes);
+      Producer::load_keys(mv, a.p, x.v, tile, x.v_full);
 #pragma unroll 1
       while (left) step();
       if (kPersistent && !a.yields) i = take();
     }
   }
 
-  static DI void clean(const BackwardArgs& a, const Layout& x) {
-    const bool packed = kScore && a.p.packed, elect = (threadIdx.x & 31) == 0;
+  static DI void clean(const BackwardArgs& a, const Layout& x, const Tile& only) {
     u32 it = 0;
 #pragma unroll 1
     for (u32 k = 0; k == 0 || kPersistent; k++) {
-      const int i = item(x, packed ? x.k_raw : x.k_full, k);
-      if (i < 0) {
-        if (packed && elect) mb_arrive(x.k_full + 8 * (k & 1));
-        return;
-      }
-      const KeyTile tile = key_tile<Backward>(a, i);
-      if (packed) {
-        mb_wait(x.v_raw, k & 1);
-        Producer::clean_keys(a.p, x.k + (k & 1) * kKBytes, x.v, tile);
-        if (elect) mb_arrive(x.k_full + 8 * (k & 1)), mb_arrive(x.v_full);
-      }
-      if (elect) mb_arrive(x.k_empty + 8 * (k & 1));
-      Producer::clean_queries(a.p, x, tile, it);
+      const int i = item(x, k);
+      if (i < 0) return;
+      const Tile tile = tile_of(a, i, only);
+      if ((threadIdx.x & 31) == 0) mb_arrive(x.k_empty + 8 * (k & 1));
+      Producer::clean_queries(x, tile, it);
     }
   }
 
-  static DI void add(const BackwardArgs& a, const Layout& x) {
+  static DI void add(const BackwardArgs& a, const Layout& x, const Tile& only) {
     const bool elect = (threadIdx.x & 31) == 0;
 #pragma unroll 1
     for (u32 k = 0; k == 0 || kPersistent; k++) {
-      const int i = item(x, x.k_full, k);
+      const int i = item(x, k);
       if (i < 0) break;
       if (elect) mb_arrive(x.k_empty + 8 * (k & 1));
-      add(a, x, key_tile<Backward>(a, i));
+      add_tile(a, x, tile_of(a, i, only));
     }
     if (elect) bulk_wait<0>();
   }
 
-  static DI void add(const BackwardArgs& a, const Layout& x, const KeyTile& tile) {
+  static DI void add_tile(const BackwardArgs& a, const Layout& x, const Tile& tile) {
     const bool elect = (threadIdx.x & 31) == 0, counts = kPersistent && elect;
     auto row_of = [&](const Walk& at) {
-      return ((long long)tile.b * a.p.h + at.h) * a.rows + at.m * M;
+      return ((long long)tile.b(a.p) * a.p.h + at.h) * a.rows + tile.padded(a.p) + at.m * M;
     };
     auto begin = [&](const Walk& at) {
       return counts ? atomicAdd(a.visits + row_of(at) / 64, Visits::to_begin()) : 0;
@@ -261,16 +256,15 @@ struct Backward {
           __nanosleep(500);
         }
       if (__shfl_sync(~0u, all, 0) == 0) continue;
-      convert_dq<F16, D, M, kByRows>(a, a.acc + row * D, bh, m, u % kParts * kGroups,
-                                     (u % kParts + 1) * kGroups, 1);
+      const int b = bh / h;
+      convert_dq<F16, D, M, kByRows>(a, a.acc + row * D, bh - b * h, b * s + m * M, s - m * M,
+                                     u % kParts * kGroups, (u % kParts + 1) * kGroups, 1);
     }
   }
 
   static DI void compute(const TMap& mdk, const TMap& mdv, const BackwardArgs& a, const Layout& x,
-                         const KeyTile& tile, int cw, u32 k, u32& it) {
+                         const Tile& tile, int cw, u32 k, u32& it) {
     const Problem& p = a.p;
-    const Blocks& blocks = tile.blocks;
-    const int n = tile.n, b = tile.b;
     const int tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
     const bool elect = tid == 0;
     float dk[D / 2], dv[D / 2];
@@ -290,8 +284,8 @@ struct Backward {
     const int rr = (lane & 7) + ((lane >> 4) & 1) * 8, kc = warp * 2 + ((lane >> 3) & 1);
     const u32 to_ds = x.ds + cw * M * 128 + rr * 128 + ((kc ^ (rr & 7)) << 4);
     const int key =
-        n * N + cw * 64 + warp * 16 + (lane >> 2);  // this thread's keys: key and key + 8
-    const bool tail = (n + 1) * N > p.t;
+        tile.first(p) + cw * 64 + warp * 16 + (lane >> 2);  // this thread's keys: key and key + 8
+    const bool tail = tile.first(p) + N > tile.k_len(p);
     const float sl2 = p.scale * kLog2E;
     const u32 steps = tile.steps();
     Walk at(tile);
@@ -335,23 +329,26 @@ struct Backward {
       pin(st);
       const u32 lse_at = x.lse + s * M * 4 + 8 * (lane & 3),
                 delta_at = x.delta + s * M * 4 + 8 * (lane & 3);
-      if (tail || (kMask && blocks.masked(m))) {
+      if (tail || (kMask && tile.masked(m))) {
+        const int diagonal = tile.diagonal(p), k_len = tile.k_len(p), begin = tile.begin(p),
+                  end = tile.end(p);
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
           const int kv = key + 8 * hh, first = m * M + 2 * (lane & 3);
           int least = -1, most = 1 << 30;
-          if (kMask && p.right >= 0) least = kv - p.diagonal - p.right - first;
-          if (kMask && p.left >= 0) most = kv - p.diagonal + p.left - first;
-          if (kv >= p.t) least = 1 << 30;
+          if (kMask && p.right >= 0) least = kv - diagonal - p.right - first;
+          if (kMask && p.left >= 0) most = kv - diagonal + p.left - first;
+          if constexpr (kSpan) least = max(least, begin - first), most = min(most, end - 1 - first);
+          if (kv >= k_len) least = 1 << 30;
           mask_row(st, hh, least, most);
-          if (kScore && p.segment_q)
-            mask_segment(st, hh, p.segment_k[(long long)b * p.t + min(kv, p.t - 1)],
-                         p.segment_q + (long long)b * p.s, first, p.s);
         }
+        if (kSpan && tile.compare(p))
+          mask_segments(st, tile.key_ids(p), key, tile.k_len(p), tile.query_ids(p), m * M,
+                        tile.q_len(p));
       }
       if constexpr (kScore) {  // P = exp(score - lse); what goes on to dS also has the derivative
                                // of the cap
-        const Scores<F16> score(p, b, 0, h, p.diagonal);
+        const Scores<F16> score(p, tile.b(p), tile.n(p), h, tile.diagonal(p));
 #pragma unroll
         for (int j = 0; j < M / 8; j++) {
           float l[2];
@@ -463,11 +460,12 @@ struct Backward {
     put_rows<F16>(dk, to_dk, 8192, row, p.scale);
     fence_async();
     bar_sync(kBarStore + cw, 128);
+    const int to = tile.k_row(p, tile.first(p) + cw * 64), box = tile.k_box(p);
     if (elect) {
 #pragma unroll
       for (int c = 0; c < kChunks; c++) {
-        tma_store(&mdv, to_dv + c * kDsBytes, c * 64, n * N + cw * 64, tile.g, b);
-        tma_store(&mdk, to_dk + c * 8192, c * 64, n * N + cw * 64, tile.g, b);
+        tma_store(&mdv, to_dv + c * kDsBytes, c * 64, to, tile.g, box);
+        tma_store(&mdk, to_dk + c * 8192, c * 64, to, tile.g, box);
       }
       bulk_commit();
     }

@@ -15,26 +15,28 @@ template <bool F16, int D, int M, int N, int kOptions>
 struct WideBackward {
   static constexpr int kM = M, kN = N, kStages = 1, kChunks = D / 64, kThreads = 384,
                        kStoreRows = N;
-  static constexpr bool kMask = kOptions & kBackwardMasks, kScore = kOptions & kBackwardScores;
+  static constexpr bool kMask = kOptions & kBackwardMasks, kSpan = kOptions & kBackwardSpans,
+                        kScore = kOptions & kBackwardScores;
+  using Tile = KeyTile<kSpan>;
   static constexpr bool kByRows = false, kPersistent = false;
   static constexpr int kConsumerRegs = 240, kProducerRegs = 24;
   static constexpr int kOwn = N / 2;  // keys whose scores a warpgroup computes
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kPBytes = M * N * 2;
   static constexpr int kPieces = 3, kPieceBytes = M * 64 * 4;  // of dQ, on their way to memory
   static constexpr int kSmem =
-      2 * kKBytes + 2 * kQBytes + 3 * kPBytes + kPieces * kPieceBytes + 2 * M * 4 + 128 + 1024;
+      2 * kKBytes + 2 * kQBytes + 3 * kPBytes + kPieces * kPieceBytes + 2 * M * 4 + 256 + 1024;
   static_assert(D == 256 && M == 64 && N % 16 == 0 && kOwn % 8 == 0);
   static constexpr int kBarDs = 1, kBarEnd = 2, kBarStore = 3;  // named barriers
 
   struct Layout {
     u32 k, v, q, o, p, ds, dq, lse, delta;
-    u32 kv_full, kv_raw, q_full, q_empty, q_raw, o_full, o_empty, o_raw, dq_full, dq_empty;
+    u32 kv_full, q_full, q_empty, o_full, o_empty, o_raw, dq_full, dq_empty, span;
     DI explicit Layout(u32 base) {
       k = base, v = k + kKBytes, q = v + kKBytes, o = q + kQBytes, p = o + kQBytes,
       ds = p + kPBytes, dq = ds + 2 * kPBytes;
       lse = dq + kPieces * kPieceBytes, delta = lse + M * 4, kv_full = delta + M * 4;
-      kv_raw = kv_full + 8, q_full = kv_raw + 8, q_empty = q_full + 8, q_raw = q_empty + 8;
-      o_full = q_raw + 8, o_empty = o_full + 8, o_raw = o_empty + 8, dq_full = o_raw + 8;
+      q_full = kv_full + 8, q_empty = q_full + 8, span = kv_full + 128, o_full = q_empty + 8,
+      o_empty = o_full + 8, o_raw = o_empty + 8, dq_full = o_raw + 8;
       dq_empty = dq_full + 8 * kPieces;
     }
   };
@@ -47,13 +49,14 @@ struct WideBackward {
     extern __shared__ unsigned char smem_raw[];
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
-    const KeyTile tile = key_tile<WideBackward>(a, blockIdx.x);
+    if (kSpan && (int)blockIdx.x >= agreed(*a.key_tiles) * a.p.g) return;
+    const Tile tile = key_tile<WideBackward>(a, blockIdx.x, x.span);
     if (threadIdx.x == 0) {
 #pragma unroll
       for (int i = 0; i < kPieces; i++)
         mb_init(x.dq_full + 8 * i, 4), mb_init(x.dq_empty + 8 * i, 1);
-      mb_init(x.kv_full, 1), mb_init(x.kv_raw, 1);
-      Producer::init(x, a.clean);
+      mb_init(x.kv_full, 1);
+      Producer::init(x, tile.clean);
     }
     __syncthreads();
     if (wg == 0) {
@@ -63,8 +66,8 @@ struct WideBackward {
         load(mq, mk, mv, mdo, a, x, tile);
       else if (threadIdx.x == 32)
         add_dq(a, x, tile);
-      else if (warp == 2 && a.clean)
-        clean(p, x, tile);
+      else if (warp == 2 && tile.clean)
+        clean(x, tile);
     } else {
       reg_inc<kConsumerRegs>();
       compute(mdk, mdv, a, x, tile, wg - 1);
@@ -72,34 +75,30 @@ struct WideBackward {
   }
 
   static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
-                      const BackwardArgs& a, const Layout& x, const KeyTile& tile) {
-    const u32 full = kScore && a.p.packed ? x.kv_raw : x.kv_full;
-    mb_expect(full, 2 * kKBytes);
-    Producer::load_keys(mk, x.k, tile, full);
-    Producer::load_keys(mv, x.v, tile, full);
+                      const BackwardArgs& a, const Layout& x, const Tile& tile) {
+    mb_expect(x.kv_full, 2 * kKBytes);
+    Producer::load_keys(mk, a.p, x.k, tile, x.kv_full);
+    Producer::load_keys(mv, a.p, x.v, tile, x.kv_full);
     Walk at(tile);
     const u32 steps = tile.steps();
 #pragma unroll 1
     for (u32 it = 0; it < steps; it++, at.next(tile))
-      Producer::load_queries(mq, mdo, a, x, tile.b, at, it);
+      Producer::load_queries(mq, mdo, a, x, tile, at, it);
   }
 
-  static DI void clean(const Problem& p, const Layout& x, const KeyTile& tile) {
-    if (kScore && p.packed) {
-      mb_wait(x.kv_raw, 0);
-      Producer::clean_keys(p, x.k, x.v, tile);
-      if ((threadIdx.x & 31) == 0) mb_arrive(x.kv_full);
-    }
+  static DI void clean(const Layout& x, const Tile& tile) {
     u32 it = 0;
-    Producer::clean_queries(p, x, tile, it);
+    Producer::clean_queries(x, tile, it);
   }
 
   // Piece i of dQ: columns (i % 4) * 64 % 256 + ... of step i / 4.
-  static DI void add_dq(const BackwardArgs& a, const Layout& x, const KeyTile& tile) {
+  static DI void add_dq(const BackwardArgs& a, const Layout& x, const Tile& tile) {
+    const auto rows = tile.rows();
     u32 i = 0;
 #pragma unroll 1
     for (int h = tile.first_head; h < tile.first_head + tile.heads; h++) {
-      float* dst = a.acc + (((long long)tile.b * a.p.h + h) * a.rows + tile.blocks.begin * M) * D;
+      const int row = (rows.b(a.p) * a.p.h + h) * a.rows + rows.padded(a.p);
+      float* dst = a.acc + ((long long)row + tile.blocks.begin * M) * D;
 #pragma unroll 1
       for (int m = tile.blocks.begin; m < tile.blocks.end; m++, dst += M * D) {
 #pragma unroll 1
@@ -120,10 +119,9 @@ struct WideBackward {
   }
 
   static DI void compute(const TMap& mdk, const TMap& mdv, const BackwardArgs& a, const Layout& x,
-                         const KeyTile& tile, int cw) {
+                         const Tile& tile, int cw) {
     const Problem& p = a.p;
     const Blocks& blocks = tile.blocks;
-    const int n = tile.n, b = tile.b;
     const int tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
     const bool elect = tid == 0;
     float dk[2][N / 2], dv[2][N / 2];
@@ -142,8 +140,9 @@ struct WideBackward {
                    (((warp * 2 + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
     const int local =
         warp * 16 + (lane >> 2);  // this thread's rows of the tile: local and local + 8
-    const int c0 = n * N + cw * kOwn + 2 * (lane & 3);  // this thread's keys: c0 + 8 j + {0, 1}
-    const bool tail = (n + 1) * N > p.t;
+    const int c0 =
+        tile.first(p) + cw * kOwn + 2 * (lane & 3);  // this thread's keys: c0 + 8 j + {0, 1}
+    const bool tail = tile.first(p) + N > tile.k_len(p);
     const float sl2 = p.scale * kLog2E;
     const int steps = tile.steps();
     int m = blocks.begin, h = tile.first_head;
@@ -216,22 +215,25 @@ struct WideBackward {
         const int row0 = m * M + local;
         const u32 lse_at = x.lse + local * 4;
         const float lse[2] = {load_shared(lse_at), load_shared(lse_at + 32)};
-        if (tail || (kMask && blocks.masked(m))) {
+        if (tail || (kMask && tile.masked(m))) {
+          const int diagonal = tile.diagonal(p), k_len = tile.k_len(p), begin = tile.begin(p),
+                    end = tile.end(p);
 #pragma unroll
           for (int hh = 0; hh < 2; hh++) {
-            const int at = row0 + 8 * hh + p.diagonal;
-            int least = -1, most = p.t - 1;
+            const int row = row0 + 8 * hh, at = row + diagonal;
+            int least = -1, most = k_len - 1;
             if (kMask && p.right >= 0) most = min(most, at + p.right);
             if (kMask && p.left >= 0) least = at - p.left - c0;
+            if (kSpan && (row < begin || row >= end)) most = -1;
             mask_row(st, hh, least, most - c0);
-            if (kScore && p.segment_q)
-              mask_segment(st, hh, p.segment_q[(long long)b * p.s + min(row0 + 8 * hh, p.s - 1)],
-                           p.segment_k + (long long)b * p.t, c0, p.t);
           }
+          if (kSpan && tile.compare(p))
+            mask_segments(st, tile.query_ids(p), row0, tile.q_len(p), tile.key_ids(p),
+                          tile.first(p) + cw * kOwn, tile.k_len(p));
         }
         if constexpr (kScore) {  // P = exp(score - lse); what goes on to dS also has the derivative
                                  // of the cap
-          const Scores<F16> score(p, b, 0, h, p.diagonal);
+          const Scores<F16> score(p, tile.b(p), tile.n(p), h, tile.diagonal(p));
           const char* rows[2] = {score.row(row0), score.row(row0 + 8)};
 #pragma unroll
           for (int j = 0; j < kOwn / 8; j++) {
@@ -336,11 +338,12 @@ struct WideBackward {
     finish(dk, x.k, p.scale);
     fence_async();
     bar_sync(kBarStore + cw, 128);
+    const int row = tile.k_row(p, tile.first(p)), box = tile.k_box(p);
     if (elect) {
 #pragma unroll
       for (int c = own; c < own + kChunks / 2; c++) {
-        tma_store(&mdv, x.v + c * N * 128, c * 64, n * N, tile.g, b);
-        tma_store(&mdk, x.k + c * N * 128, c * 64, n * N, tile.g, b);
+        tma_store(&mdv, x.v + c * N * 128, c * 64, row, tile.g, box);
+        tma_store(&mdk, x.k + c * N * 128, c * 64, row, tile.g, box);
       }
       bulk_commit();
       bulk_wait<0>();

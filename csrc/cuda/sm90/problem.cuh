@@ -5,10 +5,6 @@
 
 namespace flashjax::sm90 {
 
-// Ids of rows outside every sequence of a packed row, where everything may be NaN. They match
-// nothing.
-constexpr int kNoQuery = -1, kNoKey = -2;
-
 struct Problem {
   int b, s, t, h, g, e;                              // as in params.h; all of them below 2^30
   int left, right;                                   // window; -1: unbounded. At most 2^30
@@ -23,10 +19,6 @@ struct Problem {
   const int *segment_q, *segment_k;                  // null: none
   const int* page_table;                             // [b, pages]; null: none
   int pages, page;                                   // pages of a row, keys of a page
-  // For each tile of a direction (queries forward, keys backward): the first and the last + 1 of
-  // the others whose segment can be one of the tile's. [b, tiles, 2]
-  const int* near;
-  int packed;  // the ids come from packed sequences
 };
 
 // A tile of one sequence: of its queries forward, of its keys backward. What sequences.cu plans,
@@ -70,20 +62,22 @@ DI Blocks key_blocks(const Problem& p, int diagonal, int i0, int i1, int begin, 
   return x;
 }
 
-// Query blocks of M for the keys [j0, j1); `masked` is about the keys' bounds only, not about
-// queries past the end.
-template <int M>
-DI Blocks query_blocks(const Problem& p, int j0, int j1, const int* near = nullptr) {
-  int first = p.right < 0 ? 0 : clamp(j0 - p.diagonal - p.right, 0, p.s);
-  int last = p.left < 0 ? p.s : clamp(j1 - p.diagonal + p.left, 0, p.s);
-  if (near) first = max(first, near[0]), last = min(last, near[1]);
-  int all_first = p.right < 0 ? 0 : clamp(j1 - 1 - p.diagonal - p.right, 0, p.s);
-  int all_last = p.left < 0 ? p.s + M : clamp(j0 + 1 - p.diagonal + p.left, 0, p.s);
+// Query blocks of M for the keys [j0, j1), of the queries [begin, end) of q_len. With kPast
+// `masked` is not about queries past the last, whose log-sum-exp takes care of them unless they are
+// NaN.
+template <int M, bool kPast>
+DI Blocks query_blocks(const Problem& p, int diagonal, int j0, int j1, int begin, int end,
+                       int q_len) {
+  int first = p.right < 0 ? begin : clamp(j0 - diagonal - p.right, begin, end);
+  int last = p.left < 0 ? end : clamp(j1 - diagonal + p.left, begin, end);
+  if (kPast && end == q_len) end += M;
+  int all_first = p.right < 0 ? begin : clamp(j1 - 1 - diagonal - p.right, begin, end);
+  int all_last = p.left < 0 ? end : clamp(j0 + 1 - diagonal + p.left, begin, end);
   Blocks x;
   x.begin = first / M;
   x.end = last > first ? (last + M - 1) / M : x.begin;
   x.clear_begin = (all_first + M - 1) / M;
-  x.clear_end = p.segment_q ? 0 : all_last / M;
+  x.clear_end = all_last / M;
   return x;
 }
 
