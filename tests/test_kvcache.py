@@ -1,5 +1,6 @@
 """Every cached case by every implementation, the append, and the cache as a functional value."""
 
+import dataclasses
 import functools
 import re
 
@@ -11,9 +12,16 @@ import pytest
 import flashjax
 import oracle
 from cases import BY_ID, CASES, Case
+from conftest import ON_GPU
 from harness import function, to_device
 
 CACHED = [case for case in CASES if case.layout == "cached"]
+if ON_GPU:  # where 16 bits have kernels of their own, with every head dim that is a multiple of 8
+    CACHED += [
+        dataclasses.replace(case, id=f"{case.id}-in-bfloat16", dtype="bfloat16")
+        for case in CACHED
+        if case.dtype == "float32"
+    ]
 
 
 def _check(case, inputs, results):

@@ -80,3 +80,26 @@ def test_backward(case, compiled):
     expected, naive = (oracle.run(case, inputs, dout_dlse, naive=x) for x in (False, True))
     for name, grad in grads.items():
         oracle.compare(f"gradient of {name}", grad, expected.grads[name], naive.grads[name], expected.logit)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="an error on the CPU, tested in test_errors.py")
+@pytest.mark.parametrize(
+    "offsets",
+    [(0, 300, 100, 400, 500), (0, 500, 0, 500, 500), (-5, 90, 2**31 - 1, -(2**31), 77), (400, 300, 200, 100, 0)],
+    ids=["back", "twice", "outside", "falling"],
+)
+def test_bad_offsets(offsets, compiled):
+    """Offsets that fall, or lie outside of the row, give a result without NaN, and the same each time."""
+    case = Case("bad", "", layout="packed", b=1, s=500, t=500, h=2, g=1, d=64, dtype="bfloat16", cu_q=(0, 500))
+    inputs = case.build()
+    arrays = to_device(inputs.arrays | {"cu_seqlens_q": np.asarray(offsets, np.int64).astype(np.int32)})
+    call = function(case, inputs, compiled)
+    out, lse = call(arrays)
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+    assert not np.isnan(np.asarray(lse)).any()
+    for x, y in zip(call(arrays), (out, lse), strict=True):
+        oracle.same_bits(x, y, "a second call")
+    dout_dlse = (np.ones(out.shape, inputs.arrays["q"].dtype), np.ones(lse.shape, np.float32))
+    _, grads = differentiated(case, inputs, compiled)(arrays, dout_dlse)
+    for name, grad in grads.items():
+        assert np.isfinite(np.asarray(grad, np.float32)).all(), name

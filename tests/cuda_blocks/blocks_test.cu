@@ -134,14 +134,14 @@ static __global__ void transposed_times(const unsigned short* a, const unsigned 
 
 // A box of 96 rows and two chunks by tensor map, read back through the swizzle; rows past the end
 // are zeros.
-static __global__ void box(const __grid_constant__ TMap map, int first, float* out) {
+static __global__ void box(const __grid_constant__ TMap map, int first, int last, float* out) {
   u32 tile = base(), bar = tile + 2 * 96 * 128;
   if (threadIdx.x == 0) {
     mb_init(bar, 1);
     mb_init_fence();
     mb_expect(bar, 2 * 96 * 128);
     for (int c = 0; c < 2; c++)
-      tma_load(tile + c * 96 * 128, &map, bar, c * 64, first, 1, 0, kEvictFirst);
+      tma_load(tile + c * 96 * 128, &map, bar, c * 64, first, 1, last, kEvictFirst);
   }
   __syncthreads();
   mb_wait(bar, 0);
@@ -154,6 +154,19 @@ static __global__ void box(const __grid_constant__ TMap map, int first, float* o
         : "r"(tile + c / 64 * 96 * 128 + r * 128 + ((((c % 64) / 8) ^ (r & 7)) << 4) + c % 8 * 2));
     out[i] = to_float<false>(x);
   }
+}
+
+// Ones from shared memory to a box of 64 rows and columns.
+static __global__ void put_box(const __grid_constant__ TMap map, int first, int last) {
+  u32 tile = base();
+  for (int i = threadIdx.x; i < 64 * 32; i += blockDim.x) store_int(tile + 4 * i, 0x3f803f80);
+  fence_async();
+  __syncthreads();
+  if (threadIdx.x == 0) tma_store(&map, tile, 0, first, 1, last), bulk_commit(), bulk_wait<0>();
+}
+
+static __global__ void widen(const unsigned short* x, int count, float* out) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) out[i] = to_float<false>(x[i]);
 }
 
 // stmatrix of accumulator fragments, as rows and transposed, read back through the swizzle. One
@@ -255,10 +268,26 @@ int main() {
   Matrix x(100 * 2, 104, 7);  // [1, 100, 2, 104]: the box runs past rows and columns
   TMap map;
   check(tensor_map(map, x.device, DType::kBF16, 1, 100, 2, 104, 96), "map");
-  box<<<1, 128, 30 * 1024>>>(map, 10, out);
+  box<<<1, 128, 30 * 1024>>>(map, 10, 0, out);
   check(cudaGetLastError(), "box");
   compare("tensor-map box", out, 96, 128,
           [&](int r, int c) { return r + 10 < 100 && c < 104 ? x(2 * (r + 10) + 1, c) : 0.f; });
+
+  // Of [2, 50, 2, 104] a sequence of 30 rows that ends at row 40 of the second: from its row 5 on.
+  check(sequence_map(map, x.device, DType::kBF16, 2, 50, 2, 104, 96), "map");
+  box<<<1, 128, 30 * 1024>>>(map, 50 - 30 + 5, 50 + 40, out);
+  check(cudaGetLastError(), "box of a sequence");
+  compare("tensor-map box of a sequence", out, 96, 128, [&](int r, int c) {
+    return 5 + r < 30 && c < 104 ? x(2 * (50 + 10 + 5 + r) + 1, c) : 0.f;
+  });
+  check(sequence_map(map, x.device, DType::kBF16, 2, 50, 2, 104, 64), "map");
+  put_box<<<1, 128, 30 * 1024>>>(map, 50 - 30 + 5, 50 + 40);
+  widen<<<1, 128>>>(x.device, 200 * 104, out);
+  check(cudaGetLastError(), "store of a sequence");
+  compare("tensor-map store of a sequence", out, 200, 104, [&](int r, int c) {
+    const int row = r / 2 - 60;  // of the sequence
+    return r % 2 == 1 && row >= 5 && row < 30 && c < 64 ? 1.f : x(r, c);
+  });
 
   matrix_stores<<<1, 32, 40 * 1024>>>(out, more);
   compare("stmatrix", out, 16, 64, [](int r, int c) { return value(r, c); });
