@@ -88,11 +88,15 @@ def test_backward(case, compiled):
     [(0, 300, 100, 400, 500), (0, 500, 0, 500, 500), (-5, 90, 2**31 - 1, -(2**31), 77), (400, 300, 200, 100, 0)],
     ids=["back", "twice", "outside", "falling"],
 )
-def test_bad_offsets(offsets, compiled):
+@pytest.mark.parametrize("keys", ["alike", "good"])
+def test_bad_offsets(offsets, keys, compiled):
     """Offsets that fall, or lie outside of the row, give a result without NaN, and the same each time."""
     case = Case("bad", "", layout="packed", b=1, s=500, t=500, h=2, g=1, d=64, dtype="bfloat16", cu_q=(0, 500))
     inputs = case.build()
-    arrays = to_device(inputs.arrays | {"cu_seqlens_q": np.asarray(offsets, np.int64).astype(np.int32)})
+    arrays = inputs.arrays | {"cu_seqlens_q": np.asarray(offsets, np.int64).astype(np.int32)}
+    if keys == "good":
+        arrays["cu_seqlens_k"] = np.array([0, 100, 210, 390, 500], np.int32)
+    arrays = to_device(arrays)
     call = function(case, inputs, compiled)
     out, lse = call(arrays)
     assert np.isfinite(np.asarray(out, np.float32)).all()

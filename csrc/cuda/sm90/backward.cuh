@@ -94,6 +94,10 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     check(plan_sequences(p, shapes, 2, static_cast<char*>(p.workspace) + used, plan, stream));
     a.keys = plan[0].spans, a.key_tiles = plan[0].count;
     a.queries = plan[1].spans, a.query_tiles = plan[1].count;
+    // Where offsets fall, keys may meet queries that an earlier sequence has, so that no tile of
+    // this one gives them statistics: 0x7f7f7f7f, a log-sum-exp that leaves every P 0.
+    if (p.n > 1 && p.cu_seqlens_q != p.cu_seqlens_k)
+      check(cudaMemsetAsync(lse2, 0x7f, static_cast<size_t>(heads * rows * 8), stream));
   }
   const unsigned tiles = static_cast<unsigned>(query_tiles);
   // Even without queries: the kernel counts from what this writes.
