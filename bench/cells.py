@@ -25,6 +25,7 @@ class Cell:
     lengths: tuple[int, ...] = ()  # packed sequences in one row (b = 1, s = t = sum), or documents by segment ids
     packed: bool = False  # lengths by cu_seqlens
     page: int = 0  # page size of a paged cache; 0: contiguous
+    deterministic: bool = False  # gradients with the same bits in every run
 
     @property
     def id(self) -> str:
@@ -37,6 +38,8 @@ class Cell:
             extra += [f"{'packed' if self.packed else 'documents'}{n}x{longest}"]
         if self.page:
             extra += [f"page{self.page}"]
+        if self.deterministic:
+            extra += ["deterministic"]
         return "-".join([self.mode, self.dtype, f"b{self.b}", f"s{lengths}", f"h{heads}", f"d{dims}", *extra])
 
     def pairs(self) -> float:
@@ -114,6 +117,11 @@ SUITES: dict[str, list[Cell]] = {
         _square(mode, 1, 16384, 16, 128, "segments", lengths=lengths)
         for mode in ("fwd", "bwd")
         for lengths in ((1024,) * 16, (8192, 4096, 2048, 1024, *(128,) * 8))
+    ],
+    "h200-deterministic": [
+        _square("bwd", 4, 4096, h, d, mask, deterministic=True)
+        for h, d in ((32, 64), (16, 128), (8, 256))
+        for mask in ("full", "causal")
     ],
     "h200-dispatch": [_square("chain", 1, 128, 1, 128, "full")],
     "h200-packed": [

@@ -86,6 +86,8 @@ class Jax:
     def prepare(self, cell):
         import jax
 
+        if cell.deterministic and not isinstance(self, Flashjax):
+            raise NotImplementedError("no such option in the public function")
         if cell.mode == "decode":
             f, arrays = self.decode(cell)
 
@@ -129,7 +131,7 @@ class Flashjax(Jax):
     package = "flashjax"
 
     def function(self, cell):
-        options = {"is_causal": cell.mask == "causal"}
+        options = {"is_causal": cell.mask == "causal", "deterministic": cell.deterministic}
         if cell.mask == "window":
             options |= {"is_causal": True, "window_size": (cell.window, 0)}
         if cell.packed:
@@ -288,6 +290,8 @@ class Torch:
 
         if cell.mode not in ("fwd", "bwd") or cell.mask not in ("full", "causal") or cell.packed or cell.h != cell.g:
             raise NotImplementedError("compared on dense attention only")
+        if cell.deterministic:
+            raise NotImplementedError("compared as it comes")
         shapes, dtype = _extents(cell), getattr(torch, cell.dtype)
         q, k, v, dout = (
             torch.from_numpy(_normal(shapes[name], seed)).to(dtype).transpose(1, 2).contiguous()
