@@ -142,6 +142,7 @@ SUITES: dict[str, list[Cell]] = {
         *_train([(4, 4096, 16, 192, (None, 128))], ("causal",)),
         Cell("decode", 32, 1, 8192, 128, 1, 576, 512),
     ],
+    "upstream-h200": _train([(4, 4096, 32, 64, ()), (4, 4096, 16, 128, ()), (4, 4096, 8, 256, ())]),
     "smoke": [
         _square(mode, 1, 256, 4, 64, "causal", dtype="float32", g=2) for mode in ("fwd", "bwd")
     ] + [Cell("decode", 2, 1, 256, 4, 2, 64, 64, dtype="float32")],

@@ -130,8 +130,15 @@ class Jax:
 class Flashjax(Jax):
     package = "flashjax"
 
+    def __init__(self, implementation=None):
+        self.implementation = implementation
+
     def function(self, cell):
-        options = {"is_causal": cell.mask == "causal", "deterministic": cell.deterministic}
+        options = {
+            "is_causal": cell.mask == "causal",
+            "deterministic": cell.deterministic,
+            "implementation": self.implementation,
+        }
         if cell.mask == "window":
             options |= {"is_causal": True, "window_size": (cell.window, 0)}
         if cell.packed:
@@ -146,7 +153,9 @@ class Flashjax(Jax):
             import jax.numpy as jnp
 
             ids = jnp.asarray(np.repeat(np.arange(len(cell.lengths)), cell.lengths)[None].astype(np.int32))
-            return lambda q, k, v, ids: self.module.flash_mha(q, k, v, segment_ids=ids, is_causal=True), [ids]
+            return lambda q, k, v, ids: self.module.flash_mha(
+                q, k, v, segment_ids=ids, **options | {"is_causal": True}
+            ), [ids]
         return lambda q, k, v: self.module.flash_mha(q, k, v, **options), []
 
     def decode(self, cell, **options):
@@ -276,13 +285,20 @@ class Kyutai(Jax):
 
 
 class Torch:
-    """torch's scaled_dot_product_attention on the CPU, its flash kernel. Inputs (b, h, s, d), as it wants them."""
+    """torch's scaled_dot_product_attention, its flash kernel; on CUDA FlashAttention-2.
+
+    Inputs (b, h, s, d), as it wants them; on CUDA views of (b, s, h, d), as the kernel wants them.
+    """
 
     package = "torch"
+
+    def __init__(self, device="cpu"):
+        self.device = device
 
     def load(self):
         self.module = importlib.import_module(self.package)
         self.module.set_num_threads(os.cpu_count())
+        self.module.zeros(1, device=self.device)
 
     def prepare(self, cell):
         torch = self.module
@@ -293,8 +309,11 @@ class Torch:
         if cell.deterministic:
             raise NotImplementedError("compared as it comes")
         shapes, dtype = _extents(cell), getattr(torch, cell.dtype)
+        on_cpu = self.device == "cpu"
+        lay = torch.Tensor.contiguous if on_cpu else lambda x: x
+        wait = (lambda: None) if on_cpu else torch.cuda.synchronize
         q, k, v, dout = (
-            torch.from_numpy(_normal(shapes[name], seed)).to(dtype).transpose(1, 2).contiguous()
+            lay(torch.from_numpy(_normal(shapes[name], seed)).to(self.device, dtype).transpose(1, 2))
             for seed, name in enumerate(("q", "k", "v", "dout"))
         )
 
@@ -308,6 +327,7 @@ class Torch:
                 with torch.no_grad():
                     for _ in range(n):
                         attention()
+                wait()
 
             return run
         for x in (q, k, v):
@@ -317,6 +337,7 @@ class Torch:
         def run(n):
             for _ in range(n):
                 torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+            wait()
 
         return run
 
@@ -325,7 +346,9 @@ IMPLS = {  # in the order of the tables' columns; ours first
     "flashjax": Flashjax(),
     "jax.nn-xla": JaxNN("xla"),
     "jax.nn-cudnn": JaxNN("cudnn"),
+    "flashjax-upstream": Flashjax("upstream"),
     "torch-sdpa-cpu": Torch(),
+    "torch-sdpa-cuda": Torch("cuda"),
     "dew-flash-attn": Dew(),
     "fa4-jax": Fa4(),
     "flash-attn3-jax": Kyutai(),
@@ -334,5 +357,6 @@ IMPLS = {  # in the order of the tables' columns; ours first
 PEERS = {  # suite prefix -> who is asked for; whoever cannot be loaded is recorded as absent
     "cpu": ["flashjax", "jax.nn-xla", "torch-sdpa-cpu"],
     "smoke": ["flashjax", "jax.nn-xla", "torch-sdpa-cpu"],
+    "upstream": ["flashjax-upstream", "torch-sdpa-cuda"],
     "h200": ["flashjax", "jax.nn-cudnn", "dew-flash-attn", "fa4-jax", "flash-attn3-jax"],
 }

@@ -25,6 +25,7 @@ from bench.impls import CHAIN, IMPLS, PEERS, steps_of
 
 PACKAGES = {
     "torch-sdpa-cpu": ["torch"],
+    "torch-sdpa-cuda": ["torch"],
     "dew-flash-attn": ["dew-flash-attn-cu13", "dew-flash-attn-cu12"],
     "fa4-jax": ["fa4-jax", "nvidia-cutlass-dsl"],
     "flash-attn3-jax": ["flash-attn3-jax"],

@@ -70,24 +70,57 @@ set(wgmma "${CMAKE_SOURCE_DIR}/csrc/cuda/sm90/wgmma.py")
 execute_process(COMMAND "${Python_EXECUTABLE}" "${wgmma}" "${CMAKE_BINARY_DIR}/generated/wgmma.cuh" COMMAND_ERROR_IS_FATAL ANY)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${wgmma}")
 
-# What runs on one Hopper capability needs the arch-specific target; anything else is built for every listed arch, and
-# as PTX, which newer GPUs compile at load.
-function(flashjax_gencode result arch_min arch_max)
+# The options for the archs of a row, and those archs for the dispatcher. What runs on one Hopper capability needs the
+# arch-specific target. FlashAttention-2 is built for the plain archs that are listed; anything else for every listed
+# arch, and as PTX, which newer GPUs compile at load.
+function(flashjax_gencode result archs family arch_min arch_max)
   set(gencode "")
+  set(held "")
   if(arch_min EQUAL arch_max)
     if("${arch_min}a" IN_LIST FLASHJAX_CUDA_ARCHS)
       set(gencode "-gencode=arch=compute_${arch_min}a,code=sm_${arch_min}a")
+      set(held "${arch_min},")
     endif()
   else()
     foreach(arch IN LISTS FLASHJAX_CUDA_ARCHS)
+      if(family STREQUAL "upstream" AND arch MATCHES "[a-z]$")
+        continue()
+      endif()
       string(REGEX REPLACE "[a-z]$" "" arch "${arch}")
       if(arch GREATER_EQUAL arch_min AND arch LESS_EQUAL arch_max)
         list(APPEND gencode "-gencode=arch=compute_${arch},code=sm_${arch}")
+        string(APPEND held "${arch},")
       endif()
     endforeach()
-    list(APPEND gencode "-gencode=arch=compute_${arch_min},code=compute_${arch_min}")
+    if(NOT family STREQUAL "upstream")
+      list(APPEND gencode "-gencode=arch=compute_${arch_min},code=compute_${arch_min}")
+      string(APPEND held "${arch_min}+,")
+    endif()
   endif()
   set(${result} "${gencode}" PARENT_SCOPE)
+  set(${archs} "${held}" PARENT_SCOPE)
+endfunction()
+
+# What FlashAttention-2's sources are compiled with: the sources, fetched once, and which shared memory the archs have.
+function(flashjax_upstream result)
+  execute_process(COMMAND "${CMAKE_COMMAND}" -E env "FLASHJAX_FLASH_ATTN_SOURCE=${FLASHJAX_FLASH_ATTN_SOURCE}"
+    "${Python_EXECUTABLE}" "${CMAKE_SOURCE_DIR}/third_party/fetch.py"
+    OUTPUT_VARIABLE source OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE failed)
+  if(failed)
+    message(FATAL_ERROR "no sources of FlashAttention-2; without its kernels: FLASHJAX_CUDA_ARCHS=90a, or FLASHJAX_KERNELS")
+  endif()
+  set(small 0)
+  set(big 0)
+  foreach(arch IN LISTS FLASHJAX_CUDA_ARCHS)
+    if(arch MATCHES "^(86|89|12[0-9])$")
+      set(small 1)
+    else()
+      set(big 1)
+    endif()
+  endforeach()
+  set(${result} --use_fast_math --expt-relaxed-constexpr -DFLASHJAX_BIG_SMEM=${big} -DFLASHJAX_SMALL_SMEM=${small}
+    "--system-include=${source}/csrc/flash_attn/src,${source}/csrc/cutlass/include,${CMAKE_SOURCE_DIR}/csrc/cuda/upstream/shims"
+    PARENT_SCOPE)
 endfunction()
 
 # Rows to sources.
@@ -95,6 +128,7 @@ set(generated "${CMAKE_BINARY_DIR}/kernels")
 set(table "${CMAKE_SOURCE_DIR}/csrc/attention/kernels.def")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${table}")
 file(STRINGS "${table}" rows REGEX "^KERNEL\\(")
+set(upstream "")
 set(built "")
 set(built_ids " ")
 set(sources "")
@@ -117,9 +151,16 @@ foreach(row IN LISTS rows)
      AND NOT (FLASHJAX_KERNELS STREQUAL "ci" AND ci))
     continue()
   endif()
-  flashjax_gencode(gencode ${arch_min} ${arch_max})
+  flashjax_gencode(gencode archs ${family} ${arch_min} ${arch_max})
   if(gencode STREQUAL "")
     continue()
+  endif()
+  set(more "")
+  if(family STREQUAL "upstream")
+    if(NOT upstream)
+      flashjax_upstream(upstream)
+    endif()
+    set(more "${upstream}")
   endif()
   string(TOLOWER "${direction}" lower)
   if(direction STREQUAL "Forward")
@@ -137,10 +178,10 @@ cudaError_t launch_@id@(const @params@& p, const Device& device, cudaStream_t st
 }
 }  // namespace flashjax::cuda
 ]=] @ONLY)
-  set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${gencode}")
+  set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${gencode};${more}")
   list(APPEND sources "${source}")
   string(APPEND built "${row}\n")
-  string(APPEND built_ids "${id} ")
+  string(APPEND built_ids "${id}:${archs} ")
 endforeach()
 if(sources STREQUAL "")
   message(FATAL_ERROR "no row of kernels.def is left by FLASHJAX_KERNELS=${FLASHJAX_KERNELS} and "
@@ -149,13 +190,13 @@ endif()
 file(CONFIGURE OUTPUT "${generated}/built_kernels.def" CONTENT "${built}" @ONLY)
 
 # dbias, which every family's backward leaves to the portable one.
-flashjax_gencode(gencode 75 999)
+flashjax_gencode(gencode archs simt 75 999)
 set_source_files_properties(csrc/cuda/simt/bias.cu PROPERTIES COMPILE_OPTIONS "${gencode}")
 
 list(APPEND sources csrc/cuda/simt/bias.cu)
 
 # What plans the tiles of sequences for the Hopper rows.
-flashjax_gencode(gencode 90 90)
+flashjax_gencode(gencode archs sm90 90 90)
 if(gencode)
   set_source_files_properties(csrc/cuda/sm90/sequences.cu PROPERTIES COMPILE_OPTIONS "${gencode}")
   list(APPEND sources csrc/cuda/sm90/sequences.cu)

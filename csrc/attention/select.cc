@@ -1,5 +1,7 @@
 #include "select.h"
 
+#include <cctype>
+#include <cstdlib>
 #include <cstring>
 
 namespace flashjax {
@@ -18,17 +20,36 @@ constexpr const char* kFeatureNames[] = {"a window or causal mask",
                                          "deterministic",
                                          "a shift of the diagonal",
                                          "a scale that is not positive",
-                                         "dropout"};
+                                         "dropout",
+                                         "head dims of k and v that differ",
+                                         "alibi_slopes off the corner",
+                                         "page_table with left padding or odd pages",
+                                         "more than 64 queries"};
 static_assert(1u << (sizeof(kFeatureNames) / sizeof(*kFeatureNames)) == kFeatureEnd);
 
-// The rows that this build holds: FLASHJAX_BUILT_KERNELS is " id id ... ", or undefined where
-// nothing is left out.
-bool is_built(const char* id) {
+// The rows that this build holds, and the archs of each: FLASHJAX_BUILT_KERNELS is
+// " id:arch,arch, id:arch, ..."; undefined where nothing is left out.
+const char* built_for(const char* id) {
 #ifdef FLASHJAX_BUILT_KERNELS
-  return std::strstr(FLASHJAX_BUILT_KERNELS, (std::string(" ") + id + " ").c_str()) != nullptr;
+  const std::string entry = std::string(" ") + id + ":";
+  const char* found = std::strstr(FLASHJAX_BUILT_KERNELS, entry.c_str());
+  return found ? found + entry.size() : nullptr;
 #else
-  return id != nullptr;
+  return id ? "0+," : nullptr;
 #endif
+}
+
+// Machine code runs on later capabilities of its major number, PTX (a plus) on all later ones.
+bool runs_on(const char* built, int arch) {
+  for (; std::isdigit(static_cast<unsigned char>(*built)); ++built) {
+    char* end;
+    const long x = std::strtol(built, &end, 10);
+    built = end;
+    const bool ptx = *built == '+';
+    built += ptx;
+    if (x <= arch && (ptx || x / 10 == arch / 10)) return true;
+  }
+  return false;
 }
 
 enum RowIndex {
@@ -68,7 +89,8 @@ Gap gap(const Kernel& k, const Facts& f, int arch) {
     g.add(4, "takes up to " + std::to_string(k.m) + " queries of a key head");
   if (arch && (arch < k.arch_min || arch > k.arch_max))
     g.add(2, "runs on " + sm(k.arch_min) + (k.arch_max == k.arch_min ? "" : " and later"));
-  if (!k.built)
+  if (f.upstream && std::strcmp(k.family, "upstream") != 0) g.add(16, "is not FlashAttention-2's");
+  if (!k.built || (arch && arch >= k.arch_min && arch <= k.arch_max && !runs_on(k.built, arch)))
     g.add(1,
           "is not in this build: add it to FLASHJAX_KERNELS, or its arch to FLASHJAX_CUDA_ARCHS");
   return g;
@@ -102,7 +124,7 @@ KernelTable kernels() {
    unit,     m,                                                                              \
    n,        features,                                                                       \
    #variant, std::strcmp(#variant, "kDecode") == 0,                                          \
-   ci != 0,  is_built(#id),                                                                  \
+   ci != 0,  built_for(#id),                                                                 \
    kRow_##id},
 #include "kernels.def"
 #undef KERNEL
@@ -112,6 +134,7 @@ KernelTable kernels() {
 
 Facts facts_of(Direction direction, const Problem& p) {
   Facts f{direction, p.dtype, p.d, p.e, 0};
+  f.upstream = p.upstream;
   auto add = [&](bool on, Feature x) { f.features |= on ? x : 0u; };
   add(p.window_left >= 0 || p.window_right >= 0, kWindow);
   add(p.softcap != 0, kSoftcap);
@@ -120,13 +143,19 @@ Facts facts_of(Direction direction, const Problem& p) {
   add(p.sinks, kSinks);
   add(p.segment_ids_q, kSegments);
   add(p.cu_seqlens_q || p.cu_seqlens_k, kPacked);
-  add(p.seqused_q || p.seqused_k || p.leftpad || p.max_seqlen_q >= 0 || p.max_seqlen_k >= 0,
-      kSeqused);
+  const bool used = p.seqused_q || p.seqused_k || p.leftpad;
+  add(used || p.max_seqlen_q >= 0 || p.max_seqlen_k >= 0, kSeqused);
   add(p.batch_idx, kBatchIdx);
   add(p.page_table, kPaged);
   add(p.shift, kShift);
   add(!(p.scale > 0), kScale);
   add(p.dropout_seed, kDropout);
+  add(p.e != p.d, kUnequalDims);
+  const bool corner = !p.top_left || (p.s == p.t && !used && !p.cu_seqlens_q && !p.cu_seqlens_k);
+  add(p.alibi_slopes && (p.shift || !corner), kAlibiMoved);
+  const int64_t unit = p.d <= 32 || (p.d > 64 && p.d <= 96) ? 32 : 16;
+  add(p.page_table && (p.leftpad || p.page % unit), kOddPages);
+  add(!p.page_table && p.s > 64, kManyQueries);
   add(p.deterministic && direction == Direction::Backward, kDeterministic);
   if (p.g > 0 && p.s <= 64 && p.t >= 4 * p.s) f.queries = p.s * (p.h / p.g);
   return f;

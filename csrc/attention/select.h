@@ -27,18 +27,33 @@ enum Feature : uint32_t {
   kShift = 1u << 11,
   kScale = 1u << 12,  // not positive: a maximum of scores is then not one of dot products
   kDropout = 1u << 13,
-  kFeatureEnd = 1u << 14,
+  kUnequalDims = 1u << 14,  // e other than d
+  kAlibiMoved = 1u << 15,   // alibi, and a diagonal that does not end at the last key
+  kOddPages = 1u << 16,     // page_table with left padding, or with pages of odd sizes
+  kManyQueries = 1u << 17,  // more than 64 in a row, and keys not in pages
+  kFeatureEnd = 1u << 18,
 };
 inline constexpr uint32_t kEverything = kFeatureEnd - 1;
 inline constexpr uint32_t kInPlace =
     kEverything & ~(kBatchIdx | kPaged);  // keys where the row says
 
-inline constexpr uint32_t kDense = kWindow | kSinks;  // rows of equal length
+inline constexpr uint32_t kAllKeys = kSinks | kUnequalDims | kManyQueries;  // every key is seen
+inline constexpr uint32_t kDense = kAllKeys | kWindow;                      // rows of equal length
 inline constexpr uint32_t kInRows =
     kDense | kSegments | kPacked | kSeqused | kShift;  // sequences of any length
-inline constexpr uint32_t kInRowsScores = kInRows | kSoftcap | kBias | kAlibi | kScale;
+inline constexpr uint32_t kInRowsScores =
+    kInRows | kSoftcap | kBias | kAlibi | kAlibiMoved | kScale;
 inline constexpr uint32_t kCached = kWindow | kSoftcap | kAlibi | kSinks | kSeqused | kBatchIdx |
-                                    kPaged | kShift | kScale;  // one sequence a row
+                                    kPaged | kOddPages | kShift | kScale | kAlibiMoved |
+                                    kUnequalDims;  // one sequence a row
+
+// FlashAttention-2's: any lengths, by lists of sequences; few queries, or keys in pages; gradients.
+inline constexpr uint32_t kUpstreamSplit =
+    kWindow | kSoftcap | kAlibi | kSinks | kSeqused | kShift | kBatchIdx | kPaged;
+inline constexpr uint32_t kUpstreamWide = kWindow | kSoftcap | kAlibi | kSinks | kSeqused | kShift |
+                                          kPacked | kDeterministic | kManyQueries;
+inline constexpr uint32_t kUpstream = kUpstreamWide | kDropout;
+inline constexpr uint32_t kUpstreamForward = kUpstream | kBatchIdx;
 
 struct Kernel {
   const char* id;
@@ -53,8 +68,8 @@ struct Kernel {
   const char* variant;
   bool few;  // m is the most queries of a key head that it serves, all heads of a group together
   bool ci;
-  bool built;  // in this build
-  int index;   // its place in the table
+  const char* built;  // the archs that this build holds it for: "80,86,", "75+,"; null: none
+  int index;          // its place in the table
 };
 
 // What of a call decides the kernel.
@@ -66,6 +81,7 @@ struct Facts {
   // Of a key head, where they are few against many keys: then reading the keys takes the time.
   int64_t queries = kMany;
   static constexpr int64_t kMany = INT64_MAX;
+  bool upstream = false;  // asked for by name
 };
 
 struct KernelTable {

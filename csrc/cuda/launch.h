@@ -11,6 +11,7 @@ struct Device {
   int ordinal = 0;
   int arch = 0;  // compute capability: 90 is 9.0
   int sms = 0;
+  int smem = 0;  // bytes of shared memory that a block may have
 };
 
 // What a kernel was compiled for, where a family has more than one.
@@ -21,6 +22,7 @@ enum class Variant {
   kSequences,  // windows, sequences of any length in the rows, segment ids
   kScores,     // these, and what changes scores: softcap, bias, alibi
   kDecode,     // few queries against many keys
+  kSplit,      // few queries against many keys, or keys in pages
 };
 
 // Enqueues the work; neither waits nor allocates.

@@ -36,6 +36,8 @@ Devices read_devices() {
         x.error, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, i));
     x.error = cuda::first_error(
         x.error, cudaDeviceGetAttribute(&x.of[i].sms, cudaDevAttrMultiProcessorCount, i));
+    x.error = cuda::first_error(
+        x.error, cudaDeviceGetAttribute(&x.of[i].smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, i));
     x.of[i].ordinal = i;
     x.of[i].arch = 10 * major + minor;
   }

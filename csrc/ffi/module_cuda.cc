@@ -1,7 +1,10 @@
 // Python module flashjax._cuda. Imports, and answers what it could serve, without a driver.
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#include <map>
 #include <vector>
 
 #include "../attention/select.h"
@@ -31,23 +34,29 @@ nb::list kernel_rows() {
     row["tile"] = nb::make_tuple(k.m, k.n);
     row["lacks"] = feature_names(kEverything & ~k.features);
     row["ci"] = k.ci;
-    row["built"] = k.built;
+    row["built"] = k.built != nullptr;
     rows.append(row);
   }
   return rows;
 }
 
-// The facts of a call, as facts_of() has them, from what Python knows while it traces: which slots
-// are there only.
-Facts facts(const std::string& direction, const std::string& dtype, int64_t d, int64_t e,
-            const std::vector<std::string>& slots, const nb::dict& attrs) {
+// The facts of a call, as facts_of() has them, from what Python knows while it traces: the shapes
+// of the slots that are there, perhaps with leading axes.
+using Shapes = std::map<std::string, std::vector<int64_t>>;
+
+Facts facts(const std::string& direction, const std::string& dtype, const Shapes& shapes,
+            const nb::dict& attrs) {
   static const char here = 0;  // stands for an array that is there; never read
   BwdParams p;
-  p.d = d, p.e = e;
+  auto extent = [&](const char* slot, size_t from_end) {
+    const std::vector<int64_t>& shape = shapes.at(slot);
+    return shape.at(shape.size() - from_end);
+  };
+  p.d = extent("q", 1), p.e = extent("v", 1), p.s = extent("q", 3), p.t = extent("k", 3);
+  if (shapes.count("page_table")) p.p = extent("page_table", 1), p.page = p.t, p.t *= p.p;
   p.dtype = dtype == "bfloat16" ? DType::kBF16 : dtype == "float16" ? DType::kF16 : DType::kF32;
   auto set = [&](const char* name, auto*& pointer) {
-    for (const std::string& slot : slots)
-      if (slot == name) pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(&here);
+    if (shapes.count(name)) pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(&here);
   };
 #define SLOT(name, type, dims) set(#name, p.name);
 #include "../attention/slots.def"
@@ -58,14 +67,14 @@ Facts facts(const std::string& direction, const std::string& dtype, int64_t d, i
   return facts_of(direction == "backward" ? Direction::Backward : Direction::Forward, p);
 }
 
-std::string why_not(const std::string& direction, const std::string& dtype, int64_t d, int64_t e,
-                    const std::vector<std::string>& slots, const nb::dict& attrs) {
+std::string why_not(const std::string& direction, const std::string& dtype, const Shapes& shapes,
+                    const nb::dict& attrs) {
   for (Direction x : {Direction::Forward, Direction::Backward}) {
     if (direction != name_of(x)) continue;
     for (DType y : {DType::kF32, DType::kBF16, DType::kF16}) {
       if (dtype != name_of(y)) continue;
       std::string why;
-      return select(facts(direction, dtype, d, e, slots, attrs), 0, &why) ? "" : why;
+      return select(facts(direction, dtype, shapes, attrs), 0, &why) ? "" : why;
     }
     return "no CUDA kernel takes " + dtype;
   }
@@ -83,7 +92,7 @@ NB_MODULE(_cuda, m) {
   targets["flashjax_bwd"] = handler(FlashjaxCudaBwd);
   m.attr("targets") = targets;
   m.attr("kernels") = kernel_rows();
-  m.def("why_not", &why_not, nanobind::arg("direction"), nanobind::arg("dtype"), nanobind::arg("d"),
-        nanobind::arg("e"), nanobind::arg("slots"), nanobind::arg("attrs"),
+  m.def("why_not", &why_not, nanobind::arg("direction"), nanobind::arg("dtype"),
+        nanobind::arg("shapes"), nanobind::arg("attrs"),
         "Why no compiled kernel could serve such a call on any GPU; empty if one does.");
 }

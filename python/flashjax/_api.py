@@ -56,7 +56,8 @@ def flash_mha(
         ones depends on the key, the batch entry, the head and the positions alone, on every backend.
       dropout_key: a key of jax.random, needed where dropout_rate > 0.
       deterministic: the backward adds in a fixed order, bitwise repeatable.
-      implementation: "cpu", "cuda" or "reference" to insist on one; by default the best for the platform.
+      implementation: "cpu", "cuda", "upstream" (FlashAttention-2's CUDA kernels) or "reference" to insist on one; by
+        default the best for the platform.
       sequence_layout: a `SequenceLayout`, the order in which q, k, v, bias, segment_ids and the results hold the
         sequence; by default as it is.
       strategy: how devices share a sequence that is split over them: "ring", "ulysses", "allgather", or "auto".

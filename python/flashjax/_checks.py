@@ -18,7 +18,7 @@ from flashjax._line import Line
 from flashjax._types import Attrs, Split
 
 DTYPES = ("float32", "bfloat16", "float16")
-IMPLEMENTATIONS = ("cpu", "cuda", "reference")
+IMPLEMENTATIONS = ("cpu", "cuda", "upstream", "reference")
 STRATEGIES = ("auto", "ring", "ulysses", "allgather")
 
 
@@ -103,6 +103,7 @@ class Checker:
             window_right=right,
             top_left=causal_alignment == "top_left",
             implementation=implementation,
+            upstream=implementation == "upstream",
             **extra,
         )
 

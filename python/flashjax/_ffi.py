@@ -4,6 +4,7 @@ Arguments cross packed, in the order of the slots, with a mask of those present;
 """
 
 import dataclasses
+import functools
 import importlib.util
 import pathlib
 import re
@@ -20,27 +21,27 @@ _CAST = {int: np.int64, float: np.float32, bool: bool}
 _PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}  # extension module -> platform as XLA calls it
 
 
-def forward(arrays: Arrays, attrs: Attrs, platform: str) -> list[jax.Array]:
-    """out (b, s, h, e) and lse (b, h, s), by the kernels of `platform`, "cpu" or "cuda"."""
+def forward(arrays: Arrays, attrs: Attrs, implementation: str) -> list[jax.Array]:
+    """out (b, s, h, e) and lse (b, h, s), by the compiled kernels that `implementation` names."""
     q, v = arrays["q"], arrays["v"]
     b, s, h, _ = q.shape
     results = [
         jax.ShapeDtypeStruct((b, s, h, v.shape[-1]), q.dtype),
         jax.ShapeDtypeStruct((b, h, s), jnp.float32),
     ]
-    return _call("flashjax_fwd", results, arrays, attrs, (), platform)
+    return _call("flashjax_fwd", results, arrays, attrs, (), implementation)
 
 
-def backward(arrays: Arrays, attrs: Attrs, wanted: tuple[str, ...], platform: str) -> list[jax.Array]:
+def backward(arrays: Arrays, attrs: Attrs, wanted: tuple[str, ...], implementation: str) -> list[jax.Array]:
     """dq, dk, dv, and the float32 gradients of the slots `wanted`. `arrays` also has out, lse, dout and dlse."""
     results = [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in ("q", "k", "v")]
     results += [jax.ShapeDtypeStruct(arrays[name].shape, jnp.float32) for name in wanted]
-    return _call("flashjax_bwd", results, arrays, attrs, wanted, platform)
+    return _call("flashjax_bwd", results, arrays, attrs, wanted, implementation)
 
 
-def _call(target, results, arrays, attrs, wanted, platform):
+def _call(target, results, arrays, attrs, wanted, implementation):
     names = in_order(arrays)
-    scratch = workspace_bytes(target, arrays, attrs) if platform == "cuda" else 0
+    scratch = workspace_bytes(target, arrays, attrs) if _support.PLATFORM[implementation] == "cuda" else 0
     if scratch:
         results = [*results, jax.ShapeDtypeStruct((scratch,), jnp.uint8)]
     # Attributes are cached by equality, where 1 == 1.0 == True: each must always come with the same type.
@@ -60,6 +61,12 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
 
     A function of shapes alone, since the platform's kernel is chosen when the program runs.
     """
+    own = _own_bytes(target, arrays, attrs)
+    return max(own, _upstream_bytes(target, arrays, attrs)) if _has_upstream() else own
+
+
+def _own_bytes(target, arrays, attrs):
+    """For our own kernels."""
     b, s, h, d = arrays["q"].shape
     widest = max(d, arrays["v"].shape[-1])
     if arrays["q"].dtype == jnp.float32 or widest > 256:
@@ -97,6 +104,34 @@ def _partial_results_bytes(arrays: Arrays, attrs: Attrs) -> int:
         return 16 + blocks * min(attrs.num_splits, tiles) * slot
     ctas = 144 * (2 if block == 64 and width < 256 else 1)  # as many as any such GPU runs at a time
     return 16 + min(ctas, blocks * tiles) * (16 + 2 * slot)
+
+
+@functools.cache
+def _has_upstream() -> bool:
+    module = _support.extension("cuda")
+    return module is not None and any(row["family"] == "upstream" and row["built"] for row in module.kernels)
+
+
+def _upstream_bytes(target, arrays, attrs):
+    """For FlashAttention-2's, as csrc/cuda/upstream takes them."""
+    b, s, h, d = arrays["q"].shape
+    c, t, g, _ = arrays["k"].shape
+    if arrays["q"].dtype == jnp.float32 or d > 256:
+        return 0
+    n = arrays["cu_seqlens_q"].shape[1] - 1 if "cu_seqlens_q" in arrays else 1
+    width = next(x for x in (32, 64, 96, 128, 192, 256) if d <= x)
+    lists = (24 + 8 + 4 * h) * b * n + 8 * b * -(-max(s, t) // 32) + 1024  # sequences, their tiles, and slopes
+    if target == "flashjax_bwd":
+        rows = b * h * (s + 128 * n)
+        copies = min(-(-128 // max(b * n * h, 1)), max(-(-t // 128), 1)) if attrs.deterministic else 1
+        heads = 4 * c * t * h * d if h > g else 0  # dk and dv of each query head
+        return 4 * rows * (copies * width + 1) + heads + 3 * lists + 1024
+    pages = arrays["page_table"].shape[1] if "page_table" in arrays else 0
+    if s > 64 and not pages:
+        return lists
+    tiles = b * (g if s == 1 else h) * -(-s // 64)
+    splits = min(attrs.num_splits or -(-320 // max(tiles, 1)), max(-(-t * (pages or 1) // 64), 1))
+    return splits * 4 * (b * h * s * (width + 1) + 128) + lists + 4 * b * (pages + 1) + 1024
 
 
 def runtime_ffi_api() -> tuple[int, int] | None:

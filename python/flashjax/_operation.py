@@ -61,7 +61,7 @@ class Call:
         return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*leads, strict=True))
 
     def implementation(self, operands, platform: str) -> str:
-        """What computes this call on a platform: "cpu", "cuda" or "reference"."""
+        """What computes this call on a platform: one of _checks.IMPLEMENTATIONS."""
         if self.direction == TANGENT:
             return "reference"
         return _support.resolve(self.direction, dict(zip(self.names, operands, strict=False)), self.attrs, platform)

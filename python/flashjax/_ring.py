@@ -504,7 +504,9 @@ class _Parts:
     def _implementation(self, call: Call, operands) -> str:
         """What serves the whole need not serve a part, which may have a shift or segments instead."""
         arrays = dict(zip(call.names, operands, strict=False))
-        why_not = _support.why_not(self.implementation, call.direction, arrays, call.attrs, self.implementation)
+        why_not = _support.why_not(
+            self.implementation, call.direction, arrays, call.attrs, _support.PLATFORM.get(self.implementation, "")
+        )
         return self.implementation if why_not is None else "reference"
 
     # Packed sequences.

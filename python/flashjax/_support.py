@@ -9,6 +9,7 @@ import jax
 
 from flashjax._types import Attrs
 
+PLATFORM = {"cpu": "cpu", "cuda": "cuda", "upstream": "cuda"}  # of each compiled implementation
 MAX_HEAD_DIM = 512  # of the compiled CPU kernels
 
 
@@ -25,11 +26,11 @@ def why_not(implementation: str, direction: str, arrays, attrs: Attrs, platform:
     """Why an implementation cannot serve a call on a platform; None if it can. `arrays`: slot -> shape and dtype."""
     if implementation == "reference":
         return None
-    if implementation != platform:
+    if PLATFORM[implementation] != platform:
         return f"the program is lowered for {platform}"
-    module = extension(implementation)
+    module = extension(platform)
     if module is None:
-        return f"flashjax was built without its {implementation} module (see Install in README)"
+        return f"flashjax was built without its {platform} module (see Install in README)"
     d, e = arrays["q"].shape[-1], arrays["v"].shape[-1]
     if implementation == "cpu":
         if min(d, e) < 1 or max(d, e) > MAX_HEAD_DIM:
@@ -37,7 +38,9 @@ def why_not(implementation: str, direction: str, arrays, attrs: Attrs, platform:
         if direction == "backward" and ("page_table" in arrays or "batch_idx" in arrays):
             return "no backward kernel reads through a page table"
         return None
-    return module.why_not(direction, arrays["q"].dtype.name, d, e, sorted(arrays), dataclasses.asdict(attrs)) or None
+    shapes = {name: list(x.shape) for name, x in arrays.items()}
+    asked = dataclasses.asdict(attrs) | {"upstream": implementation == "upstream"}
+    return module.why_not(direction, arrays["q"].dtype.name, shapes, asked) or None
 
 
 def resolve(direction: str, arrays, attrs: Attrs, platform: str) -> str:
@@ -57,7 +60,7 @@ def resolve(direction: str, arrays, attrs: Attrs, platform: str) -> str:
 class Support:
     """One attention call found in a function: what would run it, and why the others would not."""
 
-    runs: str  # "cpu", "cuda" or "reference"; "" if what was asked for cannot serve
+    runs: str  # "cpu", "cuda", "upstream" or "reference"; "" if what was asked for cannot serve
     why_not: dict[str, str]
     call: str  # the arguments' shapes
 
@@ -113,7 +116,7 @@ def _describe(eqn, platform) -> Support:
     direction = "forward" if eqn.primitive.name == "flashjax_attention" else "backward"
     attrs = eqn.params["attrs"]
     arrays = dict(zip(eqn.params["names"], (var.aval for var in eqn.invars), strict=False))
-    reasons = {name: why_not(name, direction, arrays, attrs, platform) for name in ("cpu", "cuda", "reference")}
+    reasons = {name: why_not(name, direction, arrays, attrs, platform) for name in (*PLATFORM, "reference")}
     try:
         runs = resolve(direction, arrays, attrs, platform)
     except NotImplementedError:

@@ -43,16 +43,27 @@ void columns() {
     CHECK(picks({bwd, DType::kF16, 128, 128, x | kWindow}, 90, "sm90_bwd_f16_128_seq"));
     CHECK(picks({bwd, bf16, 256, 256, uint32_t{x} | kSoftcap}, 90, "sm90_bwd_bf16_256_scores"));
   }
-  CHECK(picks({fwd, bf16, 128, 128, kPaged}, 90, "simt_fwd_bf16"));
+  CHECK(picks({fwd, bf16, 128, 128, kPaged}, 90, "upstream_split_bf16_128"));
+  CHECK(picks({fwd, bf16, 128, 128, kPaged | kOddPages}, 90, "simt_fwd_bf16"));
   CHECK(picks({fwd, bf16, 128, 128, kPaged, 512}, 90, "sm90_decode_bf16_128"));
-  CHECK(picks({fwd, bf16, 128, 128, kPaged, 513}, 90, "simt_fwd_bf16"));
+  CHECK(picks({fwd, bf16, 128, 128, kPaged, 513}, 90, "upstream_split_bf16_128"));
   CHECK(picks({fwd, bf16, 64, 64, 0, 1}, 90, "sm90_decode_bf16_64"));
   CHECK(picks({fwd, bf16, 100, 100, 0}, 90, "simt_fwd_bf16"));
-  CHECK(picks({fwd, bf16, 128, 128, 0}, 80, "simt_fwd_bf16"));
-  CHECK(picks({fwd, bf16, 128, 128, 0}, 120, "simt_fwd_bf16"));
-  CHECK(picks({fwd, bf16, 128, 128, kDropout}, 90, "simt_fwd_bf16"));
+  CHECK(picks({fwd, bf16, 128, 128, 0}, 80, "upstream_split_bf16_128"));
+  CHECK(picks({fwd, bf16, 128, 128, kManyQueries}, 120, "upstream_fwd_bf16_128"));
+  CHECK(picks({fwd, bf16, 128, 128, kManyQueries | kDropout}, 90, "upstream_fwd_bf16_128"));
+  CHECK(picks({fwd, bf16, 128, 128, kBias}, 80, "simt_fwd_bf16"));
+  CHECK(picks({fwd, bf16, 128, 64, kUnequalDims}, 80, "simt_fwd_bf16"));
+  CHECK(picks({fwd, bf16, 128, 128, 0}, 75, "simt_fwd_bf16"));
+  CHECK(picks({bwd, bf16, 64, 64, 0}, 86, "upstream_bwd_bf16_64"));
+  CHECK(picks({bwd, bf16, 256, 256, kDropout}, 80, "simt_bwd_bf16"));
+  Facts asked{fwd, bf16, 128, 128, kWindow | kManyQueries};
+  asked.upstream = true;
+  CHECK(picks(asked, 90, "upstream_fwd_bf16_128"));
+  asked.features |= kBias;
+  CHECK(says(asked, 90, "does not take bias"));
   CHECK(picks({fwd, f32, 512, 512, kEverything}, 90, "simt_fwd_f32"));
-  CHECK(picks({bwd, bf16, 128, 128, kDeterministic}, 90, "simt_bwd_bf16"));
+  CHECK(picks({bwd, bf16, 128, 128, kDeterministic}, 90, "upstream_bwd_bf16_128"));
   CHECK(says({fwd, f32, 513, 64, 0}, 90, "d = 513"));
   CHECK(says({fwd, f32, 513, 64, 0}, 90, "simt_fwd_f32"));
   CHECK(says({fwd, f32, 0, 64, 0}, 90, "d = 0"));
@@ -73,12 +84,14 @@ void first_of_table() {
     const int archs[] = {0, 70, 75, 80, 90, 100, 120};
     const int arch = archs[random.integer(0, 6)];
     if (random.chance(0.5)) f.queries = random.integer(1, 1000);
+    f.upstream = random.chance(0.2);
     const Kernel* first = nullptr;
     for (const Kernel& k : kernels()) {
       bool dims = f.d >= 1 && f.e >= 1 && f.d <= k.d && f.e <= k.e && f.d % k.unit == 0 &&
                   f.e % k.unit == 0;
       bool here = arch == 0 || (arch >= k.arch_min && arch <= k.arch_max);
       bool serves = k.direction == f.direction && k.dtype == f.dtype && dims && here && k.built &&
+                    (!f.upstream || !std::strcmp(k.family, "upstream")) &&
                     (f.features & ~k.features) == 0 && (!k.few || f.queries <= k.m);
       if (serves && !first) first = &k;
     }
@@ -126,6 +139,15 @@ void facts() {
   CHECK(features([&](Problem& x) { x.page_table = &ids; }) == kPaged);
   CHECK(features([&](Problem& x) { x.shift = &ids; }) == kShift);
   CHECK(features([&](Problem& x) { x.dropout_seed = &ids; }) == kDropout);
+  CHECK(features([](Problem& x) { x.e = 8; }) == kUnequalDims);
+  CHECK(features([](Problem& x) { x.s = x.t = 65; }) == kManyQueries);
+  CHECK(features([](Problem& x) { x.top_left = true, x.t = 32; }) == 0);
+  CHECK(features([&](Problem& x) { x.alibi_slopes = &number, x.top_left = true; }) == kAlibi);
+  CHECK(features([&](Problem& x) { x.alibi_slopes = &number, x.top_left = true, x.t = 32; }) ==
+        (kAlibi | kAlibiMoved));
+  CHECK(features([&](Problem& x) { x.page_table = &ids, x.page = 17; }) == (kPaged | kOddPages));
+  CHECK(features([&](Problem& x) { x.page_table = x.leftpad = &ids, x.page = 64; }) ==
+        (kPaged | kSeqused | kOddPages));
   CHECK(features([](Problem& x) { x.deterministic = true; }) == kDeterministic);
   CHECK(features([](Problem& x) { x.deterministic = true; }, Direction::Forward) == 0);
   CHECK(features([&](Problem& x) { x.cu_seqlens_q = x.cu_seqlens_k = &ids; }) == kPacked);
