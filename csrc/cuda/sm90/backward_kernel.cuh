@@ -32,8 +32,8 @@ struct Backward {
   static constexpr int kSmem = 3 * kKBytes + 2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
                                2 * kStages * M * 4 + 256 + 1024;
   static_assert(N == 128 && (D == 64 || D == 128) && (M == 64 || (M == 128 && D == 64)));
-  // dV and dK wait for their store in the buffers of dS and dQ, a warpgroup's in its own halves.
-  static_assert(M * 128 >= 64 * 128 && 2 * M >= 64 * kChunks);
+  // dV waits for its store in the buffer of dS, a warpgroup's in its own halves, and dK over K.
+  static_assert(M >= 64 && kChunks <= 2);
   // Named barriers: dS is in shared memory; half of the dQ buffer is free (two ids); is full (two);
   // end of a key tile; its store (two).
   static constexpr int kBarDs = 1, kBarDqFree = 2, kBarDqFull = 4, kBarEnd = 6, kBarStore = 7;
@@ -90,6 +90,7 @@ struct Backward {
         if (i < 0) break;
         compute(mdk, mdv, a, x, tile_of(a, i, only), wg - 1, k, it);
       }
+      if (kPersistent && it > 0) bar_sync(kBarDqFree + wg - 1, 160);
       if ((threadIdx.x & 127) == 0) bulk_wait<0>();
       if (kPersistent && !a.yields) finish(a, x);
     }
@@ -214,12 +215,13 @@ struct Backward {
       }
       at.next(tile);
       if (--left) visits.word = begin(at);
+      const bool again = kPersistent || left > 0;  // the warpgroups wait once more
       if (elect) bulk_wait_read<1>();
       __syncwarp();
-      bar_arrive(kBarDqFree, 160);
+      if (again) bar_arrive(kBarDqFree, 160);
       if (elect) bulk_wait_read<0>();
       __syncwarp();
-      bar_arrive(kBarDqFree + 1, 160);
+      if (again) bar_arrive(kBarDqFree + 1, 160);
       if (counts) {
         if (added) bulk_wait<2>(), publish();
         added = word;
@@ -290,7 +292,10 @@ struct Backward {
     const u32 steps = tile.steps();
     Walk at(tile);
     // The stores of the last key tile have read what is about to be overwritten.
-    if (elect) bulk_wait_read<0>();
+    if (elect) {
+      bulk_wait_read<0>();
+      if (k > 0) mb_arrive(x.k_empty + 8 * (~k & 1));
+    }
     bar_sync(kBarStore + cw, 128);
     mb_wait(x.v_full, k & 1);
 #pragma unroll 1
@@ -435,7 +440,7 @@ struct Backward {
       if (elect) mb_arrive(x.o_empty + 8 * s);
       wg_wait<1>();
       pin(dq);
-      if (left < steps) bar_sync(kBarDqFree + cw, 160);
+      if (it > 0) bar_sync(kBarDqFree + cw, 160);
 #pragma unroll
       for (int i = 0; i < D * M / 256; i += 4)
         store_shared4(x.dq + cw * (M * D * 2) + (i * 128 + tid * 4) * 4, dq[i], dq[i + 1],
@@ -446,18 +451,14 @@ struct Backward {
       pin(dk);
       if (elect) mb_arrive(x.q_empty + 8 * s);
     }
-    // Once nobody reads dS any more, dV and dK go through the buffers of dS and dQ. The store clips
+    // Once nobody reads them any more, dV goes to the buffers of dS, and dK over K. The store clips
     // ragged rows and columns.
     bar_sync(kBarEnd, 256);
-    if (elect) {
-      mb_arrive(x.k_empty + 8 * (k & 1));
-      if (steps == 0) mb_arrive(x.v_empty);
-    }
+    if (steps == 0 && elect) mb_arrive(x.v_empty);
     const int row = warp * 16 + (lane & 15);
-    const u32 to_dv = x.ds + cw * M * 128, to_dk = x.dq + cw * (M * D * 2);
+    const u32 to_dv = x.ds + cw * M * 128, to_dk = keys + cw * 8192;
     put_rows<F16>(dv, to_dv, kDsBytes, row, 1.f);
-    if (steps > 0) bar_sync(kBarDqFree + cw, 160);
-    put_rows<F16>(dk, to_dk, 8192, row, p.scale);
+    put_rows<F16>(dk, to_dk, N * 128, row, p.scale);
     fence_async();
     bar_sync(kBarStore + cw, 128);
     const int to = tile.k_row(p, tile.first(p) + cw * 64), box = tile.k_box(p);
@@ -465,7 +466,7 @@ struct Backward {
 #pragma unroll
       for (int c = 0; c < kChunks; c++) {
         tma_store(&mdv, to_dv + c * kDsBytes, c * 64, to, tile.g, box);
-        tma_store(&mdk, to_dk + c * 8192, c * 64, to, tile.g, box);
+        tma_store(&mdk, to_dk + c * N * 128, c * 64, to, tile.g, box);
       }
       bulk_commit();
     }
