@@ -24,7 +24,6 @@ enum : int {
   kOwnOut = 2,    // out has its own buffer in shared memory instead of q's
   kQInRegs = 4,   // q lives in registers
   kTickets = 8,   // tiles are drawn, not dealt
-  kLateV = 16,    // wait for V just before PV is issued
   kMasks = 32,    // windows (else every pair is visible but for the tail of the keys)
   kSpans = 64,    // sequences in the rows, and segment ids
   kScores = 128,  // softcap, bias, alibi
@@ -34,7 +33,6 @@ enum : int {
 constexpr int forward_options(int d, int e, int n, bool masks, bool spans, bool scores) {
   int x = (masks ? kMasks | kTickets : 0) | (spans ? kSpans : 0) | (scores ? kScores : 0);
   if (e <= 128) x |= kOwnOut;
-  if (!scores && (masks ? d != 64 : d <= 128)) x |= kLateV;
   if (d == 128 && n == 128 && !scores) x |= kQInRegs;
   return x;
 }
@@ -48,9 +46,13 @@ struct Forward {
                        kProducerRegs = kGroups == 2 ? 40 : 32;
   static constexpr bool kPP = kOptions & kPingPong, kSepO = kOptions & kOwnOut,
                         kQReg = kOptions & kQInRegs, kDyn = kOptions & kTickets,
-                        kVLate = kOptions & kLateV, kMask = kOptions & kMasks,
-                        kSpan = kOptions & kSpans, kScore = kOptions & kScores;
+                        kMask = kOptions & kMasks, kSpan = kOptions & kSpans,
+                        kScore = kOptions & kScores;
   static constexpr int kChunks = N / 8;  // of 8 columns of S
+  // Powers of two: how far a score must be above the reference to move it, how far below 1 a
+  // reference may be and become 1, for those make maxima cheap; the reference of a row without a
+  // key.
+  static constexpr float kFar = 8.f, kNear = 2.f, kNothing = -1e38f;
   static constexpr int kLag = 2;  // chunks between an exponential and its addition to the row sum
   static constexpr int kSmem =
       kQBytes + (kSepO ? kOBytes : 0) + kStages * (kKBytes + kVBytes) + 384 + 1024;
@@ -226,23 +228,21 @@ struct Forward {
     store_int4(to + sizeof(Span), make_int4(y.begin, y.end, y.clear_begin, y.clear_end));
   }
 
-  // Maximum of a and of row hh of S. With fast, a three-input integer maximum, half the
-  // instructions: float bits order like signed integers unless both are negative, so it is right
-  // whenever a is not negative.
-  static DI float row_max(const float (&s)[N / 2], int hh, float a, bool fast) {
+  // Maximum of row hh of S. With fast, a three-input integer maximum, half the instructions: float
+  // bits order like signed integers unless both are negative, so of a row of negative numbers the
+  // result is negative, but not the maximum.
+  static DI float row_max(const float (&s)[N / 2], int hh, bool fast) {
     if (fast) {
-      int i0 = __float_as_int(a), i1 = i0;
+      int i[2] = {__float_as_int(s[2 * hh]), __float_as_int(s[2 * hh + 1])};
 #pragma unroll
-      for (int j = 0; j < N / 8; j += 2) {
-        i0 = __vimax3_s32(i0, __float_as_int(s[4 * j + 2 * hh]),
-                          __float_as_int(s[4 * j + 2 * hh + 1]));
-        i1 = __vimax3_s32(i1, __float_as_int(s[4 * j + 4 + 2 * hh]),
-                          __float_as_int(s[4 * j + 4 + 2 * hh + 1]));
-      }
-      return __int_as_float(max(i0, i1));
+      for (int j = 1; j < N / 8; j++)
+        i[j % 2] = __vimax3_s32(i[j % 2], __float_as_int(s[4 * j + 2 * hh]),
+                                __float_as_int(s[4 * j + 2 * hh + 1]));
+      return __int_as_float(max(i[0], i[1]));
     }
+    float a = fmaxf(s[2 * hh], s[2 * hh + 1]);
 #pragma unroll
-    for (int j = 0; j < N / 8; j++) a = fmaxf(a, fmaxf(s[4 * j + 2 * hh], s[4 * j + 2 * hh + 1]));
+    for (int j = 1; j < N / 8; j++) a = fmaxf(a, fmaxf(s[4 * j + 2 * hh], s[4 * j + 2 * hh + 1]));
     return a;
   }
 
@@ -251,7 +251,7 @@ struct Forward {
     const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
     const bool elect = (threadIdx.x & 127) == 0;
     const float c = kScore ? kLog2E : a.scale;  // from what S holds to log2 units
-    float o[E / 2], s[N / 2], mx[2], sum[2], sc[2];
+    float o[E / 2], s[N / 2], ref[2], sum[2];
     u32 pb[N / 4], qf[kQReg ? D / 4 : 1];
     const u32 dq = desc_lo(x.q + cw * 8192, 16), dk = desc_lo(x.k, 16), dv = desc_lo(x.v, N * 128);
     int st = 0, ph = 0, round = 0;  // st, ph: stage and parity of the newest K block
@@ -376,34 +376,41 @@ struct Forward {
           }
         }
       };
-      float ms[2];
-      bool nonneg = false;                 // every running maximum of the warp is at least +0
-      auto update_max = [&](bool first) {  // running maximum, and the factor sc for what was summed
-                                           // under the old one
-        float top[2] = {first ? -infinity() : mx[0], first ? -infinity() : mx[1]};
-        if (!first && nonneg)
-          top[0] = row_max(s, 0, top[0], true), top[1] = row_max(s, 1, top[1], true);
+      // Exponents are relative to a reference: the maximum of a row's first block, until a score is
+      // 2^kFar above it; then the maximum so far. So most blocks need neither the maximum of a
+      // whole row nor a rescaled O. `moved`: a reference of this warp was, and O is still to
+      // shrink.
+      bool moved = false;
+      float shrink[2];
+      auto update_ref = [&](bool first) {
+        float top[2];
+        const bool nonneg =
+            !first && __all_sync(~0u, (__float_as_int(ref[0]) | __float_as_int(ref[1])) >= 0);
+        if (nonneg)
+          top[0] = row_max(s, 0, true), top[1] = row_max(s, 1, true);
         else
-          top[0] = row_max(s, 0, top[0], false), top[1] = row_max(s, 1, top[1], false);
+          top[0] = row_max(s, 0, false), top[1] = row_max(s, 1, false);
+        moved = !first && __any_sync(~0u, top[0] * c - ref[0] > kFar || top[1] * c - ref[1] > kFar);
+        if (!first && !moved) return;
 #pragma unroll
         for (int i = 1; i < 3; i++)
 #pragma unroll
           for (int hh = 0; hh < 2; hh++) top[hh] = fmaxf(top[hh], __shfl_xor_sync(~0u, top[hh], i));
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
-          ms[hh] = top[hh] == -infinity() ? 0.f : top[hh] * c;
-          sc[hh] = first ? 1.f : ex2(mx[hh] * c - ms[hh]);
-          mx[hh] = top[hh];
-          sum[hh] = first ? 0.f : sum[hh] * sc[hh];
+          float now = fmaxf(top[hh] * c, first ? kNothing : ref[hh]);
+          if (now > -kNear) now = fmaxf(now, 0.f);
+          if (!first) shrink[hh] = ex2(ref[hh] - now);
+          sum[hh] = first ? 0.f : sum[hh] * shrink[hh];
+          ref[hh] = now;
         }
-        nonneg = __all_sync(~0u, (__float_as_int(mx[0]) | __float_as_int(mx[1])) >= 0);
       };
       auto exponentials = [&]() {  // and row sums, which trail by kLag chunks
 #pragma unroll
         for (int j = 0; j < kChunks + kLag; j++) {
           if (j < kChunks) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) s[4 * j + i] = ex2(s[4 * j + i] * c - ms[i / 2]);
+            for (int i = 0; i < 4; i++) s[4 * j + i] = ex2(s[4 * j + i] * c - ref[i / 2]);
           }
           if (j >= kLag) {
             int l = 4 * (j - kLag);
@@ -416,12 +423,6 @@ struct Forward {
 #pragma unroll
         for (int i = 0; i < N / 4; i++) pb[i] = pack<F16>(s[2 * i], s[2 * i + 1]);
       };
-      auto rescale = [&]() {
-#pragma unroll
-        for (int j = 0; j < E / 8; j++)
-          o[4 * j] *= sc[0], o[4 * j + 1] *= sc[0], o[4 * j + 2] *= sc[1], o[4 * j + 3] *= sc[1];
-      };
-
       mb_wait(x.q_full, (round >> 2) & 1);
       round ^= 4;
       if constexpr (kQReg) {
@@ -461,14 +462,20 @@ struct Forward {
       if (elect) mb_arrive(x.k_empty + 8 * st);
       transform(n);
       if (tile.masked(blocks, n)) mask(n);
-      update_max(true);
+      update_ref(true);
       exponentials();
-      if (!kVLate) mb_wait(x.v_full + 8 * st, ph);
       to_p();
 #pragma unroll
       for (int i = 0; i < E / 2; i++) o[i] = 0.f;
       n--;
+      auto rescale = [&]() {
+        if (moved) {
+#pragma unroll
+          for (int i = 0; i < E / 2; i++) o[i] *= shrink[i / 2 % 2];
+        }
+      };
       auto step = [&]() {
+        rescale();
         const int sv = st, pv = ph;  // PV lags QK by one block
         if (++st == kStages) st = 0, ph ^= 1;
         mb_wait(x.k_full + 8 * st, ph);
@@ -476,8 +483,7 @@ struct Forward {
         pin(s), pin(o);
         wg_fence();
         issue_qk(st);
-        rescale(), pin(o);
-        if (kVLate) mb_wait(x.v_full + 8 * sv, pv);
+        mb_wait(x.v_full + 8 * sv, pv);
         wg_fence();
         issue_pv(sv);
         if (kPP) bar_arrive(kBarTurn + (cw + 1) % kGroups, 256);
@@ -486,12 +492,10 @@ struct Forward {
         if (elect) mb_arrive(x.k_empty + 8 * st);
         transform(n);
         if (kMask && tile.masked(blocks, n)) mask(n);
-        update_max(false);
+        update_ref(false);
         exponentials();
-        if (kVLate)
-          sched_fence(p.s, x.q_full);  // else ptxas hoists the wait below above the exponentials
-        else
-          mb_wait(x.v_full + 8 * st, ph);
+        // Else ptxas moves exponentials below the wait. It cannot see that this is never negative.
+        sched_fence((__float_as_int(sum[0]) | __float_as_int(sum[1])) & p.s, x.q_full);
         wg_wait<0>();
         pin(o);
         if (elect) mb_arrive(x.v_empty + 8 * sv);
@@ -502,8 +506,8 @@ struct Forward {
       while (n >= blocks.begin) step();
 
       if (kSepO && !kQReg && elect) mb_arrive(x.q_empty);  // the last QK has read q
-      if (kVLate) mb_wait(x.v_full + 8 * st, ph);
       rescale();
+      mb_wait(x.v_full + 8 * st, ph);
       pin(o);
       wg_fence();
       issue_pv(st);
@@ -513,7 +517,7 @@ struct Forward {
         float r = sum[hh];
         r += __shfl_xor_sync(~0u, r, 1);
         r += __shfl_xor_sync(~0u, r, 2);
-        float top = mx[hh] * c, keep = 1.f;
+        float top = ref[hh], keep = 1.f;
         if (p.sinks) {  // one more term in the denominator
           float most = fmaxf(top, sink);
           if (most != -infinity()) {
