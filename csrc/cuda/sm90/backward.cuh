@@ -74,8 +74,9 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   if (a.p.left >= 0 || a.p.right >= 0) {  // else all CTAs go through one head in step
     a.group = static_cast<int>(std::min(near, kSpan ? p.g : p.g * p.b));
   } else {
-    a.stagger = K::kPersistent;
+    a.stagger = K::kPersistent && !p.deterministic;
   }
+  a.deterministic = p.deterministic, a.reverse = p.deterministic && a.p.right >= 0;
   // A query may see nothing if its window lies before the first key or after the last, or if scores
   // say so; of sequences their Spans say it.
   a.clean = kScore || (!kSpan && ((a.p.right >= 0 && a.p.diagonal + a.p.right < 0) ||

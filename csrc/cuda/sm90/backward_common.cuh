@@ -19,6 +19,8 @@ struct BackwardArgs {
   u64* visits;  // [b * h, rows / 64], of the tile that begins there: see Visits
   int* ticket;  // key tiles that were taken
   int yields;   // transfers want to start beside the kernel: no CTA stays for a second key tile
+  int deterministic;   // dQ is added in a fixed order, see visits_before; in rows of one length
+  int reverse;         // the last key block of a head comes first
   unsigned short* dq;  // [b, s, h, d]
   int d;
   const Span *keys, *queries;          // of sequences: tiles of N keys, in order, and of M queries
@@ -83,8 +85,13 @@ DI Blocks queries_of(const BackwardArgs& a, int n) {
                                    a.p.s, a.p.s);
 }
 
-// Sections of `group` key heads; key blocks outermost inside one, so that under a causal mask the
-// longest go first. A Span goes to shared memory, to `span`: by all threads, before a barrier.
+// Key blocks of a head are taken in the order of their ranks. The key block of a rank, or the rank
+// of one.
+DI int ranked(const BackwardArgs& a, int n) { return a.reverse ? a.nblocks - 1 - n : n; }
+
+// Sections of `group` key heads; ranks outermost inside one, so that under a causal mask the
+// longest go first, if not reversed. A Span goes to shared memory, to `span`: by all threads,
+// before a barrier.
 template <class K>
 DI KeyTile<K::kSpan> key_tile(const BackwardArgs& a, int i, u32 span = 0) {
   constexpr bool kSpan = K::kSpan;
@@ -92,7 +99,8 @@ DI KeyTile<K::kSpan> key_tile(const BackwardArgs& a, int i, u32 span = 0) {
   const int tiles = kSpan ? agreed(*a.key_tiles) : a.nblocks, all = kSpan ? p.g : p.b * p.g;
   const int per = a.group * tiles, section = i / per, r = i - section * per;
   const int heads = min(a.group, all - section * a.group);
-  const int n = r / heads, bg = section * a.group + r % heads;
+  const int rank = r / heads, n = kSpan ? rank : ranked(a, rank),
+            bg = section * a.group + r % heads;
   KeyTile<kSpan> x;
   x.heads = p.h / p.g, x.g = bg % p.g, x.first_head = x.g * x.heads;
   if constexpr (kSpan) {
@@ -118,6 +126,23 @@ DI KeyTile<K::kSpan> key_tile(const BackwardArgs& a, int i, u32 span = 0) {
   if (K::kPersistent && a.stagger)
     x.start += (int)((long long)n * (x.blocks.end - x.blocks.begin) / a.nblocks);
   return x;
+}
+
+// In a deterministic call, which has no Spans, the key blocks of a head add to a tile of dQ one
+// after the other, by rank: each waits only for such as were taken, or whose CTA has started,
+// before it, whatever blocks the masks leave. Under a causal mask the last block comes first: every
+// tile begins with its diagonal block, for which it is the first tile, and so nobody waits for
+// long. How many come before a key tile at queries m; by a whole warp.
+template <class K>
+DI int visits_before(const BackwardArgs& a, const KeyTile<false>& x, int m) {
+  int count = 0;
+#pragma unroll 1
+  for (int left = ranked(a, x.dense_first / K::kN); left > 0; left -= 32) {
+    const int rank = left - 1 - (int)(threadIdx.x & 31);
+    const Blocks blocks = queries_of<K>(a, ranked(a, max(rank, 0)));
+    count += __popc(__ballot_sync(~0u, rank >= 0 && blocks.begin <= m && m < blocks.end));
+  }
+  return count;
 }
 
 template <class K>

@@ -173,39 +173,43 @@ struct Backward {
 
   static DI void add_tile(const BackwardArgs& a, const Layout& x, const Tile& tile) {
     const bool elect = (threadIdx.x & 31) == 0, counts = kPersistent && elect;
-    auto row_of = [&](const Walk& at) {
-      return ((long long)tile.b(a.p) * a.p.h + at.h) * a.rows + tile.padded(a.p) + at.m * M;
+    const bool ordered = kPersistent && a.deterministic;
+    auto entry = [&](const Walk& at) {  // of `visits`
+      return (tile.b(a.p) * a.p.h + at.h) * (a.rows / 64) + tile.padded(a.p) / 64 + at.m * (M / 64);
     };
     auto begin = [&](const Walk& at) {
-      return counts ? atomicAdd(a.visits + row_of(at) / 64, Visits::to_begin()) : 0;
+      return counts ? atomicAdd(a.visits + entry(at), Visits::to_begin()) : 0;
     };
-    u64* added = nullptr;  // the visit whose add is not known to be done, or not yet said to be
+    int added = -1;  // the visit whose add is not known to be done, or not yet said to be
     auto publish = [&] {
       fence_async_global();
-      add_release(added, Visits::to_be_done());
-      added = nullptr;
+      add_release(a.visits + added, Visits::to_be_done());
+      added = -1;
     };
     Walk at(tile);
     u32 left = tile.steps();
     Visits visits{left ? begin(at) : 0};  // before this one; asked for a step ahead
 #pragma unroll 1
     while (left) {
-      const long long row = row_of(at);
-      u64* word = a.visits + row / 64;
-      bool first = false;
-      if (counts) {  // who comes first stores, the others wait for that
-        first = visits.begun() == 0;
-        if (!first && visits.done() == 0) {
-          if (added) bulk_wait<0>(), publish();  // or two that wait could wait for each other
-          while (visits.done() == 0) visits.word = load_acquire(word);
-        }
+      // Who comes first stores, the others wait for that; or for all that have their turn before.
+      int before = 0;
+      if constexpr (kPersistent)
+        if (ordered) before = visits_before<Backward>(a, tile, at.m);
+      const int here = entry(at);
+      if (counts) {
+        if (!ordered) before = visits.begun() > 0;
+        if (ordered || visits.done() < before) visits.word = load_acquire(a.visits + here);
+        if (added >= 0 && (ordered || visits.done() < before))
+          bulk_wait<0>(), publish();  // or two that wait could wait for each other
+        while (visits.done() < before) visits.word = load_acquire(a.visits + here);
         fence_async_global();
       }
+      const bool first = counts && before == 0;
 #pragma unroll 1
       for (int w = 0; w < 2; w++) {
         bar_sync(kBarDqFull + w, 160);
         if (elect) {
-          float* to = a.acc + row * D + w * (M * D / 2);
+          float* to = a.acc + 64ll * here * D + w * (M * D / 2);
           if (first)
             bulk_store(to, x.dq + w * (M * D * 2), M * D * 2);
           else
@@ -223,11 +227,11 @@ struct Backward {
       __syncwarp();
       if (again) bar_arrive(kBarDqFree + 1, 160);
       if (counts) {
-        if (added) bulk_wait<2>(), publish();
-        added = word;
+        if (added >= 0) bulk_wait<2>(), publish();
+        added = here;
       }
     }
-    if (counts && added) bulk_wait<0>(), publish();
+    if (added >= 0) bulk_wait<0>(), publish();
   }
 
   // dq = scale * dQ in 16 bits, out of register order, a quarter of a tile at a time, once all key

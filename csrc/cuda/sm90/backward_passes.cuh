@@ -85,6 +85,7 @@ static __global__ void __launch_bounds__(256)
           *(uint4*)(k.dq + (((long long)x.b * p.s + s) * p.h + h) * k.d + i) =
               make_uint4(0, 0, 0, 0);
   } else {
+    if (!K::kSpan && threadIdx.x == 0 && rows > 0) k.visits[x.padded / 64] = Visits::initial(0);
     float4* acc = (float4*)(k.acc + x.padded * D);
     for (int i = threadIdx.x; i < rows * D / 4; i += 256) acc[i] = make_float4(0, 0, 0, 0);
   }

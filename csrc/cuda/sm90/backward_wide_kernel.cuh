@@ -45,7 +45,6 @@ struct WideBackward {
 
   static DI void run(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
                      const TMap& mdk, const TMap& mdv, const BackwardArgs& a) {
-    const Problem& p = a.p;
     extern __shared__ unsigned char smem_raw[];
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
@@ -64,7 +63,7 @@ struct WideBackward {
       const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
       if (threadIdx.x == 0)
         load(mq, mk, mv, mdo, a, x, tile);
-      else if (threadIdx.x == 32)
+      else if (warp == 1)
         add_dq(a, x, tile);
       else if (warp == 2 && tile.clean)
         clean(x, tile);
@@ -91,31 +90,52 @@ struct WideBackward {
     Producer::clean_queries(x, tile, it);
   }
 
-  // Piece i of dQ: columns (i % 4) * 64 % 256 + ... of step i / 4.
+  // dQ in pieces of 64 columns, of the warpgroups by turns. By a warp.
   static DI void add_dq(const BackwardArgs& a, const Layout& x, const Tile& tile) {
-    const auto rows = tile.rows();
+    const bool elect = (threadIdx.x & 31) == 0, ordered = !kSpan && a.deterministic;
+    int m = tile.blocks.begin;
+    int at =  // of `visits`
+        (tile.b(a.p) * a.p.h + tile.first_head) * (a.rows / M) + tile.padded(a.p) / M + m;
     u32 i = 0;
 #pragma unroll 1
-    for (int h = tile.first_head; h < tile.first_head + tile.heads; h++) {
-      const int row = (rows.b(a.p) * a.p.h + h) * a.rows + rows.padded(a.p);
-      float* dst = a.acc + ((long long)row + tile.blocks.begin * M) * D;
-#pragma unroll 1
-      for (int m = tile.blocks.begin; m < tile.blocks.end; m++, dst += M * D) {
-#pragma unroll 1
-        for (int part = 0; part < 4; part++, i++) {  // of warpgroup 1, 2, 1, 2
-          const u32 s = i % kPieces;
-          mb_wait(x.dq_full + 8 * s, i / kPieces & 1);
-          bulk_add_f32(dst + (part % 2 * 2 + part / 2) * (M * 64), x.dq + s * kPieceBytes,
-                       kPieceBytes);
-          bulk_commit();
-          if (i > 0) {
-            bulk_wait_read<1>();
-            mb_arrive(x.dq_empty + 8 * ((i - 1) % kPieces));
+    for (u32 left = tile.steps();; left--) {
+      if (ordered) {
+        int before = 0;
+        if constexpr (!kSpan)
+          if (left > 0) before = visits_before<WideBackward>(a, tile, m);
+        if (elect) {
+          while (left > 0 && Visits{load_acquire(a.visits + at)}.done() < before) {
           }
+          if (i > 0) {  // the step before
+            bulk_wait<0>();
+            fence_async_global();
+            add_release(a.visits + at - (m > tile.blocks.begin ? 1 : gap(a, tile)),
+                        Visits::to_be_done());
+          }
+          fence_async_global();
         }
       }
+      if (left == 0) break;
+      if (elect) {
+#pragma unroll 1
+        for (int part = 0; part < 4; part++, i++) {
+          mb_wait(x.dq_full + 8 * (i % kPieces), i / kPieces & 1);
+          bulk_add_f32(a.acc + (4ll * at + part % 2 * 2 + part / 2) * (M * 64),
+                       x.dq + i % kPieces * kPieceBytes, kPieceBytes);
+          bulk_commit();
+          bulk_wait_read<1>();  // of all but this piece
+          if (i > 0) mb_arrive(x.dq_empty + 8 * ((i - 1) % kPieces));
+        }
+      }
+      __syncwarp();
+      at++;
+      if (++m == tile.blocks.end) m = tile.blocks.begin, at += gap(a, tile) - 1;
     }
-    bulk_wait<0>();
+    if (elect) bulk_wait<0>();
+  }
+  // From the last tile of a query head to the first of the next.
+  static DI int gap(const BackwardArgs& a, const Tile& tile) {
+    return a.rows / M - tile.blocks.end + tile.blocks.begin + 1;
   }
 
   static DI void compute(const TMap& mdk, const TMap& mdv, const BackwardArgs& a, const Layout& x,
