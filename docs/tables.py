@@ -14,6 +14,7 @@ import re
 import sys
 
 from bench import accuracy, memory, report, shares
+from bench.run import csrc_tree
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -102,11 +103,19 @@ def command(text) -> str:
     return f"\n\n```bash\n{text}\n```"
 
 
+def age(data) -> str:
+    """Says so where a result is of other kernels than those here."""
+    then = data.get("csrc_tree")
+    changed = then is not None and then != csrc_tree()
+    return f" The kernels have changed since: `git rev-parse HEAD:csrc` was {then[:12]}." if changed else ""
+
+
 def result(path, text=report.tables, show="python -m bench.report") -> str:
     if not (RESULTS / path).exists():
         return ""
     data = json.loads((RESULTS / path).read_text())
     source = f"Measured on {report.heading(data)}" if "ceilings" in data else f"Measured on {data['device']}."
+    source += age(data)
     if data.get("absent"):
         source += f" Asked for, but not there: {', '.join(data['absent'])}."
     run = re.sub(r"--out \S+", f"--out out/{pathlib.Path(path).name}", data["command"])
@@ -140,7 +149,8 @@ def scaling_result() -> str:
         row = data["rows"][0]
         parts.append(
             f"{data['devices']} x {data['device']}, {row['tokens']} tokens a device, {row['h']} heads, d = {row['d']}, "
-            f"{row['dtype']}; TFLOP/s a device, and their share of what one alone reaches:\n\n{shares.table(data)}"
+            f"{row['dtype']}; TFLOP/s a device, and their share of what one alone reaches.{age(data)}\n\n"
+            + shares.table(data)
             + command(data["command"])
         )
     return "\n\n".join(parts)
