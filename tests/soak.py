@@ -127,11 +127,12 @@ def _random_cached(random, length, often, pick, most):
 
 
 def poison():
-    """NaN in the free memory of the GPU, in whatever type it is read."""
+    """NaN in free memory of the GPU, in whatever type it is read: in what the next allocations get."""
     stats = jax.devices()[0].memory_stats()
     if stats:
         free = stats["bytes_limit"] - stats["bytes_in_use"]
-        jnp.full((int(0.9 * free) // 4,), 0xFFFFFFFF, jnp.uint32).block_until_ready().delete()
+        size = min(int(0.9 * free), 2 << 30)  # JAX keeps what it once took, and other processes want some too
+        jnp.full((size // 4,), 0xFFFFFFFF, jnp.uint32).block_until_ready().delete()
 
 
 def check(case: Case, implementation: str | None, repeat: int = 3) -> bool:
