@@ -105,7 +105,7 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def row(cell: Cell, impl: str, measured: dict, clocks: dict) -> dict:
+def row(cell: Cell, impl: str, measured: dict) -> dict:
     ms = measured["ms_median"]
     result = {
         "case": cell.id,
@@ -113,7 +113,6 @@ def row(cell: Cell, impl: str, measured: dict, clocks: dict) -> dict:
         **{key: getattr(cell, key) for key in ("mode", "dtype", "b", "s", "t", "h", "g", "d", "e", "mask")},
         **{key: getattr(cell, key) for key in ("window", "page") if getattr(cell, key) > 0},
         **measured,
-        **clocks,
     }
     if cell.mode == "chain":
         result["us_per_call"] = 1e3 * ms / CHAIN
@@ -178,12 +177,11 @@ def main():
                 runs.pop(name, None)
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
                 result["skipped"].append({"case": cell.id, "impl": name, "why": why})
-        with timing.ClockMonitor() as clocks:
-            measured = timing.interleaved(runs, args.repeat, args.min_burst, pause=pause)
+        measured = timing.interleaved(runs, args.repeat, args.min_burst, pause=pause)
         for times in measured.values():  # a program may hold several decode steps
             times.update({key: times[key] / steps_of(cell) for key in ("ms_median", "ms_min", "cpu_ms")})
         for name, times in measured.items():
-            result["rows"].append(row(cell, name, times, clocks.summary()))
+            result["rows"].append(row(cell, name, times))
         shown = ", ".join(f"{name} {times['ms_median']:.4g} ms" for name, times in measured.items())
         print(f"[{time.perf_counter() - start:5.0f} s] {cell.id}: {shown}", flush=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")  # after every cell: a cut run keeps what it has

@@ -204,8 +204,7 @@ def main():
                         raise
                     why = f"{type(error).__name__}: {error}".splitlines()[0]
                     result["skipped"].append({"case": key[1], "impl": key[0], "mode": mode, "mask": mask, "why": why})
-            with timing.ClockMonitor() as clocks:
-                measured = timing.interleaved(runs, args.repeat, args.min_burst)
+            measured = timing.interleaved(runs, args.repeat, args.min_burst)
             own = {key: 1 if key[1] in ("single", "apart") else n for key in runs}  # devices that share a sequence
             rate = {
                 key: flops(args.tokens * own[key], args, mask, mode) / own[key] / (times["ms_median"] * 1e9)
@@ -215,7 +214,7 @@ def main():
                 row = {"case": name, "impl": impl, "mode": mode, "mask": mask, "dtype": "bfloat16", "b": 1}
                 row |= {"tokens": args.tokens, "h": args.heads, "g": args.kv_heads, "d": args.dim, **times}
                 tflops = rate[impl, name]
-                row |= {"tflops": tflops, "of_single": tflops / rate["flashjax", "single"], **clocks.summary()}
+                row |= {"tflops": tflops, "of_single": tflops / rate["flashjax", "single"]}
                 if args.profile and (impl, name) in calls and impl == "flashjax":
                     keep = args.trace and args.trace / f"{mode}-{mask}-{name}"
                     try:

@@ -1,13 +1,17 @@
 """Times several implementations of one problem against each other, in one process.
 
-Rounds are interleaved: each round times a burst of every implementation in turn, so that whatever else the machine does
-hits them alike. A burst enqueues n calls and blocks once, n so large that it lasts `min_burst` seconds: on a GPU the
-time is then the device's and not the dispatch's.
+Rounds are interleaved: each round times a burst of every implementation, in an order of its own, so that whatever else
+the machine does hits them alike. A burst enqueues n calls and blocks once, n so large that it lasts `min_burst`
+seconds: on a GPU the time is then the device's and not the dispatch's. Before a burst is timed it runs once more for
+half as long: a GPU at its power limit starts with the clock that the one before left behind, and whoever follows one
+that needs little power would run 5 % faster.
 """
 
+import bisect
+import ctypes
 import math
+import random
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -31,23 +35,32 @@ def burst_length(run: Run, min_burst: float) -> int:
     return max(1, math.ceil(min_burst / once))
 
 
-def interleaved(runs: dict[str, Run], rounds: int, min_burst: float, pause: float = 0.0) -> dict[str, dict]:
+def interleaved(
+    runs: dict[str, Run], rounds: int, min_burst: float, pause: float = 0.0, lead: float = 0.5
+) -> dict[str, dict]:
     """name -> {"ms_median", "ms_min", "spread", "cpu_ms", "calls", "rounds"}, milliseconds a call.
 
     spread is (max - min) / median over the rounds. cpu_ms is the processor time of the whole process, median: on a
-    machine with other work to do it says more about a CPU kernel than the time that passed.
+    machine with other work to do it says more about a CPU kernel than the time that passed. On an NVIDIA GPU also
+    "sm_mhz", "watts": medians while it ran. `lead` is the untimed part, as a share of a burst; only a GPU needs it.
     """
     calls = {name: burst_length(run, min_burst) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     processor: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for _ in range(rounds):
-        for name in order:
-            time.sleep(pause)  # lets the other frameworks' idle threads fall asleep
-            busy = time.process_time()
-            times[name].append(1e3 * _seconds(runs[name], calls[name]) / calls[name])
-            processor[name].append(1e3 * (time.process_time() - busy) / calls[name])
-        order.append(order.pop(0))  # nobody is always first
+    spans: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    shuffle = random.Random(0).shuffle
+    with GpuMonitor() as gpu:
+        for _ in range(rounds):
+            order = list(runs)
+            shuffle(order)
+            for name in order:
+                time.sleep(pause)  # lets the other frameworks' idle threads fall asleep
+                if gpu.works and lead:
+                    runs[name](max(1, math.ceil(calls[name] * lead)))
+                busy, start = time.process_time(), time.perf_counter()
+                times[name].append(1e3 * _seconds(runs[name], calls[name]) / calls[name])
+                processor[name].append(1e3 * (time.process_time() - busy) / calls[name])
+                spans[name].append((start, time.perf_counter()))
     return {
         name: {
             "ms_median": statistics.median(ms),
@@ -56,36 +69,60 @@ def interleaved(runs: dict[str, Run], rounds: int, min_burst: float, pause: floa
             "cpu_ms": statistics.median(processor[name]),
             "calls": calls[name],
             "rounds": rounds,
+            **gpu.medians(spans[name]),
         }
         for name, ms in times.items()
     }
 
 
-class ClockMonitor:
-    """Samples the GPU's SM clock and power while it is entered; `summary` is empty without nvidia-smi."""
+class GpuMonitor:
+    """Samples the first GPU's SM clock and power, by NVIDIA's management library, while it is entered.
+
+    Where that library is not, `works` is false and there are no samples.
+    """
+
+    def __init__(self):
+        self.samples: list[tuple[float, float, float]] = []  # time, MHz, watts
+        self.works = False
+        try:
+            self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
+            self._device = ctypes.c_void_p()
+            self.works = (
+                self._nvml.nvmlInit_v2() == 0
+                and self._nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device)) == 0
+            )
+        except (OSError, AttributeError):
+            pass
 
     def __enter__(self):
-        self.samples: list[tuple[float, float]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
+        if self.works:
+            self._thread.start()
         return self
 
     def __exit__(self, *_):
         self._stop.set()
-        self._thread.join()
+        if self.works:
+            self._thread.join()
 
     def _sample(self):
-        query = ["nvidia-smi", "-i", "0", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
-        while not self._stop.wait(0.25):
-            try:
-                out = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout
-                self.samples.append(tuple(float(x) for x in out.strip().split(",")))
-            except (OSError, ValueError, subprocess.SubprocessError):
-                return
+        clock, milliwatts = ctypes.c_uint(), ctypes.c_uint()
+        while not self._stop.wait(0.02):
+            graphics = 0  # NVML_CLOCK_GRAPHICS: that of the multiprocessors
+            failed = self._nvml.nvmlDeviceGetClockInfo(self._device, graphics, ctypes.byref(clock))
+            if not failed and not self._nvml.nvmlDeviceGetPowerUsage(self._device, ctypes.byref(milliwatts)):
+                self.samples.append((time.perf_counter(), float(clock.value), milliwatts.value / 1e3))
 
-    def summary(self) -> dict:
-        if not self.samples:
+    def medians(self, spans: list[tuple[float, float]]) -> dict[str, float]:
+        """Of what was sampled in these spans of time.perf_counter()."""
+        times = [sample[0] for sample in self.samples]
+        inside = [
+            sample
+            for start, end in spans
+            for sample in self.samples[bisect.bisect(times, start) : bisect.bisect(times, end)]
+        ]
+        if not inside:
             return {}
-        clock, power = (statistics.median(x) for x in zip(*self.samples, strict=True))
+        _, clock, power = (statistics.median(x) for x in zip(*inside, strict=True))
         return {"sm_mhz": clock, "watts": power}
