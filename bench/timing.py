@@ -2,9 +2,11 @@
 
 Rounds are interleaved: each round times a burst of every implementation, in an order of its own, so that whatever else
 the machine does hits them alike. A burst enqueues n calls and blocks once, n so large that it lasts `min_burst`
-seconds: on a GPU the time is then the device's and not the dispatch's. Before a burst is timed it runs once more for
-half as long: a GPU at its power limit starts with the clock that the one before left behind, and whoever follows one
-that needs little power would run 5 % faster.
+seconds: on a GPU the time is then the device's and not the dispatch's.
+
+A large GPU is limited by its power, averaged over a second: it runs too fast for a second after it was idle, then too
+slow for a while (each by 5 %). So it is kept busy with all implementations for `SETTLE` seconds first, and each burst
+is led in by `LEAD` seconds of the same calls, untimed.
 """
 
 import bisect
@@ -17,6 +19,8 @@ import time
 from collections.abc import Callable
 
 Run = Callable[[int], None]  # enqueues n calls and waits for the last
+
+SETTLE, LEAD = 1.5, 0.1  # seconds, on an NVIDIA GPU
 
 
 def _seconds(run: Run, n: int) -> float:
@@ -35,14 +39,12 @@ def burst_length(run: Run, min_burst: float) -> int:
     return max(1, math.ceil(min_burst / once))
 
 
-def interleaved(
-    runs: dict[str, Run], rounds: int, min_burst: float, pause: float = 0.0, lead: float = 0.5
-) -> dict[str, dict]:
+def interleaved(runs: dict[str, Run], rounds: int, min_burst: float, pause: float = 0.0) -> dict[str, dict]:
     """name -> {"ms_median", "ms_min", "spread", "cpu_ms", "calls", "rounds"}, milliseconds a call.
 
     spread is (max - min) / median over the rounds. cpu_ms is the processor time of the whole process, median: on a
     machine with other work to do it says more about a CPU kernel than the time that passed. On an NVIDIA GPU also
-    "sm_mhz", "watts": medians while it ran. `lead` is the untimed part, as a share of a burst; only a GPU needs it.
+    "sm_mhz", "watts": medians while it ran.
     """
     calls = {name: burst_length(run, min_burst) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -50,13 +52,17 @@ def interleaved(
     spans: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     shuffle = random.Random(0).shuffle
     with GpuMonitor() as gpu:
+        until = time.perf_counter() + (SETTLE if gpu.works else 0.0)
+        while time.perf_counter() < until:
+            for name, run in runs.items():
+                run(math.ceil(calls[name] * LEAD / min_burst))
         for _ in range(rounds):
             order = list(runs)
             shuffle(order)
             for name in order:
                 time.sleep(pause)  # lets the other frameworks' idle threads fall asleep
-                if gpu.works and lead:
-                    runs[name](max(1, math.ceil(calls[name] * lead)))
+                if gpu.works:
+                    runs[name](math.ceil(calls[name] * LEAD / min_burst))
                 busy, start = time.process_time(), time.perf_counter()
                 times[name].append(1e3 * _seconds(runs[name], calls[name]) / calls[name])
                 processor[name].append(1e3 * (time.process_time() - busy) / calls[name])
