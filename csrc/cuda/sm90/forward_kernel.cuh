@@ -49,9 +49,10 @@ struct Forward {
                         kMask = kOptions & kMasks, kSpan = kOptions & kSpans,
                         kScore = kOptions & kScores;
   static constexpr int kChunks = N / 8;  // of 8 columns of S
-  // Powers of two: how far a score must be above the reference to move it, how far below 1 a
-  // reference may be and become 1, for those make maxima cheap; the reference of a row without a
-  // key.
+  // Powers of two: how far a score must be above the reference to move it; how far below 1 a
+  // reference may be that is raised by as much, for one above makes maxima cheap (and by a power of
+  // two, so that P of a key with all of the weight is not rounded, and out is that key's value:
+  // the backward takes any difference for a gradient); the reference of a row without a key.
   static constexpr float kFar = 8.f, kNear = 2.f, kNothing = -1e38f;
   static constexpr int kLag = 2;  // chunks between an exponential and its addition to the row sum
   static constexpr int kSmem =
@@ -399,7 +400,7 @@ struct Forward {
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
           float now = fmaxf(top[hh] * c, first ? kNothing : ref[hh]);
-          if (now > -kNear) now = fmaxf(now, 0.f);
+          if (now < 0.f && now >= -kNear) now += kNear;
           if (!first) shrink[hh] = ex2(ref[hh] - now);
           sum[hh] = first ? 0.f : sum[hh] * shrink[hh];
           ref[hh] = now;
