@@ -461,13 +461,37 @@ def test_export(random, platforms):
         close(again.call(arrays), function(arrays), 1e-6)
 
 
-def test_export_of_any_batch_and_length(random):
-    arrays = {name: x for name, x in dense(random).items() if name in "qkv"}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_of_any_batch_and_length(random, dtype):
+    arrays = {name: x.astype(dtype) for name, x in dense(random).items() if name in "qkv"}
     b, s, t = jax.export.symbolic_shape("b,s,t")
     extents = {"q": (b, s), "k": (b, t), "v": (b, t)}
     types = {name: jax.ShapeDtypeStruct(extents[name] + x.shape[2:], x.dtype) for name, x in arrays.items()}
-    exported = jax.export.export(jax.jit(operation), disabled_checks=DISABLED)(types)
+    built = [x for x in ("cpu", "cuda") if _ffi._support.extension(x)]
+    exported = jax.export.export(jax.jit(operation), platforms=built, disabled_checks=DISABLED)(types)
     close(exported.call(arrays), operation(arrays), 1e-6)
+
+
+@pytest.mark.parametrize("target", ["flashjax_fwd", "flashjax_bwd"])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (24, 1)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_splits": 3}, {"deterministic": True}], ids=str)
+def test_workspace_of_any_size(target, heads, options):
+    """What a program that is exported for any size allocates suffices for each."""
+    h, g = heads
+    attrs = Attrs(0.1, **options)
+
+    def types(b, s, t):
+        shapes = {"q": (b, s, h, 128), "k": (b, t, g, 128), "v": (b, t, g, 128)}
+        return {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+
+    def sizes(arrays):
+        ours, theirs = _ffi._own_bytes(target, arrays, attrs), _ffi._upstream_bytes(target, arrays, attrs)
+        return jnp.stack([jnp.asarray(ours), jnp.asarray(theirs)])
+
+    exported = jax.export.export(jax.jit(sizes), platforms=["cpu"])(types(*jax.export.symbolic_shape("b,s,t")))
+    for b, s, t in [(1, 1, 7), (3, 1, 900), (1, 4, 4000), (2, 64, 256), (2, 65, 65), (1, 700, 900)]:
+        arrays = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types(b, s, t))
+        assert (np.asarray(exported.call(arrays)) >= np.asarray(sizes(arrays))).all(), (b, s, t)
 
 
 def test_export_with_derivative(random):

@@ -12,6 +12,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import max_dim, min_dim
 
 from flashjax import _support
 from flashjax._slots import BIT, in_order
@@ -59,10 +60,11 @@ def _call(target, results, arrays, attrs, wanted, implementation):
 def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
     """Bytes of scratch memory that the CUDA kernels need for a call; 0: none.
 
-    A function of shapes alone, since the platform's kernel is chosen when the program runs.
+    A function of shapes alone, since the platform's kernel is chosen when the program runs. Where a program is exported
+    for shapes of any size, an expression of those.
     """
     own = _own_bytes(target, arrays, attrs)
-    return max(own, _upstream_bytes(target, arrays, attrs)) if _has_upstream() else own
+    return max_dim(own, _upstream_bytes(target, arrays, attrs)) if _has_upstream() else own
 
 
 def _own_bytes(target, arrays, attrs):
@@ -78,7 +80,7 @@ def _own_bytes(target, arrays, attrs):
         return 256 + 64 * b * (rows // tile + 2 * n + 1) + 64 * -(-b * (n + 1) // 4)
 
     if target == "flashjax_fwd":
-        return max(plan(s, 128), _partial_results_bytes(arrays, attrs))
+        return max_dim(plan(s, 128), _partial_results_bytes(arrays, attrs))
     width = next(x for x in (64, 128, 256) if widest <= x)
     rows = -(-s // 128) * 128 + 128 * n * bool(packed)  # each sequence begins a tile
     statistics = 4 * b * h * rows * (width + 2)  # dq in float32, and two numbers of each query
@@ -91,19 +93,21 @@ def _partial_results_bytes(arrays: Arrays, attrs: Attrs) -> int:
     (b, s, h, d), (_, t, g, e) = arrays["q"].shape, arrays["v"].shape
     if "page_table" in arrays:
         t *= arrays["page_table"].shape[1]
-    if not b * s * h or s > 64 or t < 4 * s or s * (h // g) > 512:
+    known = isinstance(s, int)
+    few = s if known else min(64, 512 * g // h)  # what s can be at most
+    if not b * s * h or not 0 < few <= 64 or few * (h // g) > 512 or (known and isinstance(t, int) and t < 4 * s):
         return 0
-    block = 64 if s * (h // g) <= 64 else 128
+    block = 64 if few * (h // g) <= 64 else 128
     heads = min(h // g, block)
-    queries = min(s, block // heads)
-    blocks = b * g * -(-(h // g) // heads) * -(-s // queries)
+    queries = min(few, block // heads)
+    blocks = b * g * -(-(h // g) // heads) * -(-few // queries)
     width = next(x for x in (64, 128, 256) if max(d, e) <= x)
     slot = 4 * heads * queries * (width + 1)
     tiles = -(-t // 64)
     if attrs.num_splits > 0:
-        return 16 + blocks * min(attrs.num_splits, tiles) * slot
+        return 16 + blocks * min_dim(attrs.num_splits, tiles) * slot
     ctas = 144 * (2 if block == 64 and width < 256 else 1)  # as many as any such GPU runs at a time
-    return 16 + min(ctas, blocks * tiles) * (16 + 2 * slot)
+    return 16 + min_dim(ctas, blocks * tiles) * (16 + 2 * slot)
 
 
 @functools.cache
@@ -120,17 +124,18 @@ def _upstream_bytes(target, arrays, attrs):
         return 0
     n = arrays["cu_seqlens_q"].shape[1] - 1 if "cu_seqlens_q" in arrays else 1
     width = next(x for x in (32, 64, 96, 128, 192, 256) if d <= x)
-    lists = (24 + 8 + 4 * h) * b * n + 8 * b * -(-max(s, t) // 32) + 1024  # sequences, their tiles, and slopes
+    lists = (24 + 8 + 4 * h) * b * n + 8 * b * -(-max_dim(s, t) // 32) + 1024  # sequences, their tiles, and slopes
     if target == "flashjax_bwd":
         rows = b * h * (s + 128 * n)
-        copies = min(-(-128 // max(b * n * h, 1)), max(-(-t // 128), 1)) if attrs.deterministic else 1
+        copies = min_dim(-(-128 // max_dim(b * n * h, 1)), max_dim(-(-t // 128), 1)) if attrs.deterministic else 1
         heads = 4 * c * t * h * d if h > g else 0  # dk and dv of each query head
         return 4 * rows * (copies * width + 1) + heads + 3 * lists + 1024
     pages = arrays["page_table"].shape[1] if "page_table" in arrays else 0
-    if s > 64 and not pages:
+    known = isinstance(s, int)
+    if known and s > 64 and not pages:
         return lists
-    tiles = b * (g if s == 1 else h) * -(-s // 64)
-    splits = min(attrs.num_splits or -(-320 // max(tiles, 1)), max(-(-t * (pages or 1) // 64), 1))
+    tiles = b * (h if known and s > 1 else g) * -(-s // 64)
+    splits = min_dim(attrs.num_splits or -(-320 // max_dim(tiles, 1)), max_dim(-(-t * (pages or 1) // 64), 1))
     return splits * 4 * (b * h * s * (width + 1) + 128) + lists + 4 * b * (pages + 1) + 1024
 
 
