@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 Run = Callable[[int], None]  # enqueues n calls and waits for the last
 
-SETTLE, LEAD = 1.5, 0.1  # seconds, on an NVIDIA GPU
+SETTLE, LEAD = 0.7, 0.1  # seconds, on an NVIDIA GPU
 
 
 def _seconds(run: Run, n: int) -> float:
