@@ -31,6 +31,7 @@ struct Backward {
                        kDqBytes = M * D * 4;
   static constexpr int kSmem = 3 * kKBytes + 2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
                                2 * kStages * M * 4 + 256 + 1024;
+  static constexpr int kSaidTogether = 4;  // visits, see add_tile
   static_assert(N == 128 && (D == 64 || D == 128) && (M == 64 || (M == 128 && D == 64)));
   // dV waits for its store in the buffer of dS, a warpgroup's in its own halves, and dK over K.
   static_assert(M >= 64 && kChunks <= 2);
@@ -180,11 +181,17 @@ struct Backward {
     auto begin = [&](const Walk& at) {
       return counts ? atomicAdd(a.visits + entry(at), Visits::to_begin()) : 0;
     };
-    int added = -1;  // the visit whose add is not known to be done, or not yet said to be
+    // Visits that are not known to be done, or not yet said to be, from entry `oldest` on; whether
+    // the last of them stored, for which others wait. Several are said at a time: a release takes a
+    // third of a step, in which nothing else is added.
+    int oldest = 0, pending = 0;
+    bool stored = false;
     auto publish = [&] {
       fence_async_global();
-      add_release(a.visits + added, Visits::to_be_done());
-      added = -1;
+      fence_gpu();
+#pragma unroll 1
+      for (; pending; pending--, oldest += M / 64)
+        add_relaxed(a.visits + oldest, Visits::to_be_done());
     };
     Walk at(tile);
     u32 left = tile.steps();
@@ -199,7 +206,7 @@ struct Backward {
       if (counts) {
         if (!ordered) before = visits.begun() > 0;
         if (ordered || visits.done() < before) visits.word = load_acquire(a.visits + here);
-        if (added >= 0 && (ordered || visits.done() < before))
+        if (pending && (ordered || visits.done() < before))
           bulk_wait<0>(), publish();  // or two that wait could wait for each other
         while (visits.done() < before) visits.word = load_acquire(a.visits + here);
         fence_async_global();
@@ -217,6 +224,12 @@ struct Backward {
           bulk_commit();
         }
       }
+      if (counts) {
+        const bool follows = here == oldest + pending * (M / 64);
+        if (pending && (pending == kSaidTogether || stored || !follows)) bulk_wait<2>(), publish();
+        if (pending == 0) oldest = here;
+        pending++, stored = first;
+      }
       at.next(tile);
       if (--left) visits.word = begin(at);
       const bool again = kPersistent || left > 0;  // the warpgroups wait once more
@@ -226,12 +239,8 @@ struct Backward {
       if (elect) bulk_wait_read<0>();
       __syncwarp();
       if (again) bar_arrive(kBarDqFree + 1, 160);
-      if (counts) {
-        if (added >= 0) bulk_wait<2>(), publish();
-        added = here;
-      }
     }
-    if (added >= 0) bulk_wait<0>(), publish();
+    if (pending) bulk_wait<0>(), publish();
   }
 
   // dq = scale * dQ in 16 bits, out of register order, a quarter of a tile at a time, once all key

@@ -153,6 +153,10 @@ DI u64 load_acquire(const u64* p) {
 DI void add_release(u64* p, u64 x) {
   asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
 }
+DI void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+DI void add_relaxed(u64* p, u64 x) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+}
 DI void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DI void bar_sync(int id, int n) {
   jitter();
