@@ -101,7 +101,7 @@ function(flashjax_gencode result archs family arch_min arch_max)
   set(${archs} "${held}" PARENT_SCOPE)
 endfunction()
 
-# What FlashAttention-2's sources are compiled with: the sources, fetched once, and which shared memory the archs have.
+# What FlashAttention-2's sources are compiled with, which are fetched once.
 function(flashjax_upstream result)
   execute_process(COMMAND "${CMAKE_COMMAND}" -E env "FLASHJAX_FLASH_ATTN_SOURCE=${FLASHJAX_FLASH_ATTN_SOURCE}"
     "${Python_EXECUTABLE}" "${CMAKE_SOURCE_DIR}/third_party/fetch.py"
@@ -109,16 +109,7 @@ function(flashjax_upstream result)
   if(failed)
     message(FATAL_ERROR "no sources of FlashAttention-2; without its kernels: FLASHJAX_CUDA_ARCHS=90a, or FLASHJAX_KERNELS")
   endif()
-  set(small 0)
-  set(big 0)
-  foreach(arch IN LISTS FLASHJAX_CUDA_ARCHS)
-    if(arch MATCHES "^(86|89|12[0-9])$")
-      set(small 1)
-    else()
-      set(big 1)
-    endif()
-  endforeach()
-  set(${result} --use_fast_math --expt-relaxed-constexpr -DFLASHJAX_BIG_SMEM=${big} -DFLASHJAX_SMALL_SMEM=${small}
+  set(${result} --use_fast_math --expt-relaxed-constexpr
     "--system-include=${source}/csrc/flash_attn/src,${source}/csrc/cutlass/include,${CMAKE_SOURCE_DIR}/csrc/cuda/upstream/shims"
     PARENT_SCOPE)
 endfunction()

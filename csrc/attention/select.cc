@@ -39,7 +39,8 @@ const char* built_for(const char* id) {
 #endif
 }
 
-// Machine code runs on later capabilities of its major number, PTX (a plus) on all later ones.
+// Machine code runs on later capabilities of its major number, PTX (a plus) on all later ones; but
+// code for 8.0 may count on more shared memory than 8.6 and 8.9 have.
 bool runs_on(const char* built, int arch) {
   for (; std::isdigit(static_cast<unsigned char>(*built)); ++built) {
     char* end;
@@ -47,7 +48,7 @@ bool runs_on(const char* built, int arch) {
     built = end;
     const bool ptx = *built == '+';
     built += ptx;
-    if (x <= arch && (ptx || x / 10 == arch / 10)) return true;
+    if (x == arch || (x < arch && (ptx || (x / 10 == arch / 10 && x != 80)))) return true;
   }
   return false;
 }

@@ -2,6 +2,7 @@
 // accumulators.
 #pragma once
 #include "../simt/backward.cuh"
+#include "tiles.cuh"
 #include "translate.h"
 // After ours, which have BlockInfo.
 #include "flash_bwd_preprocess_kernel.h"
@@ -44,7 +45,7 @@ static __global__ void __launch_bounds__(256) statistics(const __grid_constant__
 }
 
 template <typename Traits, int kOptions>
-static __global__ void backward(const __grid_constant__ BackwardArgs args) {
+__device__ __forceinline__ void backward_cta(const BackwardArgs& args) {
   constexpr bool kDropout = kOptions & kWithDropout;
   const int h = blockIdx.y;
   // In a fixed order: CTA x of a part does its blocks x, x + splits, ..., and adds to its own dq.
@@ -67,6 +68,11 @@ static __global__ void backward(const __grid_constant__ BackwardArgs args) {
                                       bool(kOptions & kEvenRows), bool(kOptions & kEvenDim),
                                       bool(kOptions & kWithSoftcap), false, false, true>(
         a, tile.part, h, block);
+}
+
+template <typename Traits, int kOptions, Room kRoom>
+static __global__ void backward(const __grid_constant__ BackwardArgs args) {
+  if constexpr (kRoom == kRoomHere) backward_cta<Traits, kOptions>(args);
 }
 
 // dq from its accumulator, whose elements lie as the threads of the main kernel held them.
@@ -123,34 +129,6 @@ static __global__ void add_heads(const T* parts, T* sum, int64_t count, int d, i
   sum[x] = static_cast<T>(total);
 }
 
-// Upstream's tiles, by what a block may have of shared memory: kBig as on sm_80 and sm_90, or as on
-// sm_86, sm_89 and sm_120. The build says which of them the archs that it compiles for can have.
-constexpr int kBigSmem = 160 << 10;
-constexpr bool kBuiltBig = FLASHJAX_BIG_SMEM, kBuiltSmall = FLASHJAX_SMALL_SMEM;
-static_assert(kBuiltBig || kBuiltSmall);
-
-template <int D, bool kBig, bool kDropout, typename T>
-auto traits() {
-  if constexpr (D == 32)
-    return Flash_bwd_kernel_traits<32, 128, 128, 8, 4, 4, 4, !kBig || !kDropout, false, T>{};
-  else if constexpr (D == 64 && kBig)
-    return Flash_bwd_kernel_traits<64, 128, 128, 8, 4, 4, 4, false, false, T>{};
-  else if constexpr (D == 64)
-    return Flash_bwd_kernel_traits<64, 64, 128, 8, 2, 4, 4, true, false, T>{};
-  else if constexpr (D == 96)
-    return Flash_bwd_kernel_traits<96, 64, 128, 8, 2, 4, 4, !kBig || !kDropout, false, T>{};
-  else if constexpr (D == 128 && kBig)
-    return Flash_bwd_kernel_traits<128, 64, 128, 8, 2, 4, 2, false, false, T>{};
-  else if constexpr (D == 128)
-    return Flash_bwd_kernel_traits<128, 64, 64, 8, 4, 2, 2, true, false, T>{};
-  else if constexpr (D == 192)
-    return Flash_bwd_kernel_traits<192, 64, 64, 8, 4, 2, 2, !kBig, !kBig, T>{};
-  else if constexpr (kBig)
-    return Flash_bwd_kernel_traits<256, 64, 64, 8, 4, 2, 2, false, true, T>{};
-  else
-    return Flash_bwd_kernel_traits<256, 64, 32, 8, 4, 1, 2, true, true, T>{};
-}
-
 // The copies of dq in a fixed order: enough CTAs for a GPU, as _ffi.py has it too.
 inline int64_t copies_of_dq(const BwdParams& p) {
   const int64_t ctas = std::max<int64_t>(p.b * p.n * p.h, 1);
@@ -159,9 +137,9 @@ inline int64_t copies_of_dq(const BwdParams& p) {
              : 1;
 }
 
-template <typename T, int D, bool kBig, int kOptions>
+template <typename T, int D, Room kRoom, int kOptions>
 cudaError_t launch_options(const BwdParams& p, cudaStream_t stream) {
-  using Traits = decltype(traits<D, kBig, bool(kOptions & kWithDropout), T>());
+  using Traits = decltype(backward_traits<T, D, kRoom, kOptions>());
   BackwardArgs a{};
   static_cast<Arguments<flash::Flash_bwd_params>&>(a) =
       translate<Arguments<flash::Flash_bwd_params>>(p, D);
@@ -205,8 +183,8 @@ cudaError_t launch_options(const BwdParams& p, cudaStream_t stream) {
     const dim3 main = p.deterministic ? dim3(static_cast<unsigned>(a.splits), heads,
                                              static_cast<unsigned>(p.b * p.n))
                                       : grid(k_tiles);
-    check(launch(backward<Traits, kOptions>, main, Traits::kNThreads, Traits::kSmemSize1colblock, a,
-                 stream));
+    check(launch(backward<Traits, kOptions, kRoom>, main, Traits::kNThreads,
+                 Traits::kSmemSize1colblock, a, stream));
   }
   if (p.s > 0) {
     convert<Traits><<<grid(q_tiles), Traits::kNThreads, 0, stream>>>(by_tile);
@@ -223,25 +201,24 @@ cudaError_t launch_options(const BwdParams& p, cudaStream_t stream) {
   return error;
 }
 
-template <typename T, int D, bool kBig>
+template <typename T, int D, Room kRoom>
 cudaError_t launch_row(const BwdParams& p, cudaStream_t stream) {
-  using Traits = decltype(traits<D, kBig, false, T>());
-  const Call call(p, Traits::kBlockM, Traits::kBlockN);
+  const Call call(p);
   if (call.extras == 0 && p.d == D) {
     if (!call.masked)
-      return call.even ? launch_options<T, D, kBig, kEvenDim | kEvenRows>(p, stream)
-                       : launch_options<T, D, kBig, kEvenDim>(p, stream);
+      return call.even ? launch_options<T, D, kRoom, kEvenDim | kEvenRows>(p, stream)
+                       : launch_options<T, D, kRoom, kEvenDim>(p, stream);
     if (call.causal)
-      return call.even ? launch_options<T, D, kBig, kEvenDim | kEvenRows | kCausal>(p, stream)
-                       : launch_options<T, D, kBig, kEvenDim | kCausal>(p, stream);
-    return launch_options<T, D, kBig, kEvenDim | kLocal>(p, stream);
+      return call.even ? launch_options<T, D, kRoom, kEvenDim | kEvenRows | kCausal>(p, stream)
+                       : launch_options<T, D, kRoom, kEvenDim | kCausal>(p, stream);
+    return launch_options<T, D, kRoom, kEvenDim | kLocal>(p, stream);
   }
   return call.with_extras([&](auto extras) {
     constexpr int kExtras = decltype(extras)::value;
     if constexpr (D == 256 && (kExtras & kWithDropout))
       return cudaErrorInvalidValue;  // no room in upstream's small tile, and in no row's features
     else
-      return launch_options<T, D, kBig, kLocal | kExtras>(p, stream);
+      return launch_options<T, D, kRoom, kLocal | kExtras>(p, stream);
   });
 }
 
@@ -249,14 +226,12 @@ template <DType kType, int D, int E, int M, int N, cuda::Variant>
 cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   static_assert(D == E);
   using T = std::conditional_t<kType == DType::kF16, cutlass::half_t, cutlass::bfloat16_t>;
+  using Traits = decltype(backward_traits<T, D, k227KB, 0>());
+  static_assert(M == Traits::kBlockM && N == Traits::kBlockN);
   if (p.b * p.h == 0) return cudaSuccess;
   if (p.b * p.n > 65535 && p.deterministic) return cudaErrorInvalidConfiguration;
-  cudaError_t error = cudaErrorNoKernelImageForDevice;
-  if constexpr (kBuiltBig && kBuiltSmall)
-    error = device.smem >= kBigSmem ? launch_row<T, D, true>(p, stream)
-                                    : launch_row<T, D, false>(p, stream);
-  else if (kBuiltSmall || device.smem >= kBigSmem)
-    error = launch_row<T, D, kBuiltBig>(p, stream);
+  cudaError_t error = with_room(
+      device.smem, [&](auto room) { return launch_row<T, D, decltype(room)::value>(p, stream); });
   if (error == cudaSuccess && p.dsinks)
     error = simt::launch(p.sinks_shape.dim[0] * p.sinks_shape.dim[1], stream,
                          simt::backward_sinks<typename simt::TypeOf<kType>::type>, p);

@@ -1,13 +1,14 @@
 // FlashAttention-2's forward: our launch of its device code.
 #pragma once
 #include "split.cuh"
+#include "tiles.cuh"
 
 namespace flashjax::upstream {
 
 using ForwardArgs = Arguments<flash::Flash_fwd_params>;
 
 template <typename Traits, int kOptions>
-static __global__ void forward(const __grid_constant__ ForwardArgs args) {
+__device__ __forceinline__ void forward_cta(const ForwardArgs& args) {
   constexpr bool kDropout = kOptions & kWithDropout, kMoves = kOptions & kLocal;
   const Tile tile = args.tile();
   const int part = tile.part, h = blockIdx.y;
@@ -28,42 +29,43 @@ static __global__ void forward(const __grid_constant__ ForwardArgs args) {
       a, part, h, block);
 }
 
-template <typename T, int D, int M, int N, int kOptions>
+template <typename Traits, int kOptions, Room kRoom>
+static __global__ void forward(const __grid_constant__ ForwardArgs args) {
+  if constexpr (kRoom == kRoomHere) forward_cta<Traits, kOptions>(args);
+}
+
+template <typename T, int D, Room kRoom, int kOptions>
 cudaError_t launch_options(const FwdParams& p, cudaStream_t stream) {
-  // As upstream has it: fewer rows and columns leave registers to the random numbers.
-  constexpr bool kDropout = kOptions & kWithDropout;
-  constexpr int m = kDropout && D == 192 ? 64 : M;
-  constexpr int n = kDropout && (D == 64 || D == 128) ? N / 2 : N;
-  constexpr int warps = m == 128 && D > 128 ? 8 : 4;
-  using Traits = Flash_fwd_kernel_traits<D, m, n, warps, false, false, T>;
+  using Traits = decltype(forward_traits<T, D, kRoom, kOptions>());
   ForwardArgs a = translate<ForwardArgs>(p, D);
   a.o_ptr = p.out, a.softmax_lse_ptr = p.lse;
   Workspace space(p.workspace, p.workspace_bytes);
   int64_t tiles = 0;
-  cudaError_t error = list(p, a, space, {m}, &tiles, stream);
+  cudaError_t error = list(p, a, space, {Traits::kBlockM}, &tiles, stream);
   if (error != cudaSuccess) return error;
   if (a.parts.list && (error = clear(p, stream)) != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(p.h));
-  error = launch(forward<Traits, kOptions>, grid, Traits::kNThreads, Traits::kSmemSize, a, stream);
+  error = launch(forward<Traits, kOptions, kRoom>, grid, Traits::kNThreads, Traits::kSmemSize, a,
+                 stream);
   if (error != cudaSuccess || (all_see(p) && !p.sinks)) return error;
   return finish<T>(p, stream);
 }
 
 // Which of them serves: plain calls have kernels of their own, the rest one for each set of extras.
-template <typename T, int D, int M, int N>
+template <typename T, int D, Room kRoom>
 cudaError_t launch_row(const FwdParams& p, cudaStream_t stream) {
-  const Call call(p, M, N);
+  const Call call(p);
   if (call.extras == 0 && p.d == D) {
     if (!call.masked)
-      return call.even ? launch_options<T, D, M, N, kEvenDim | kEvenRows>(p, stream)
-                       : launch_options<T, D, M, N, kEvenDim>(p, stream);
+      return call.even ? launch_options<T, D, kRoom, kEvenDim | kEvenRows>(p, stream)
+                       : launch_options<T, D, kRoom, kEvenDim>(p, stream);
     if (call.causal)
-      return call.even ? launch_options<T, D, M, N, kEvenDim | kEvenRows | kCausal>(p, stream)
-                       : launch_options<T, D, M, N, kEvenDim | kCausal>(p, stream);
-    return launch_options<T, D, M, N, kEvenDim | kLocal>(p, stream);
+      return call.even ? launch_options<T, D, kRoom, kEvenDim | kEvenRows | kCausal>(p, stream)
+                       : launch_options<T, D, kRoom, kEvenDim | kCausal>(p, stream);
+    return launch_options<T, D, kRoom, kEvenDim | kLocal>(p, stream);
   }
   return call.with_extras([&](auto extras) {
-    return launch_options<T, D, M, N, kLocal | decltype(extras)::value>(p, stream);
+    return launch_options<T, D, kRoom, kLocal | decltype(extras)::value>(p, stream);
   });
 }
 
@@ -72,10 +74,14 @@ cudaError_t launch_forward(const FwdParams& p, const cuda::Device& device, cudaS
   static_assert(D == E);
   if (p.b * p.s * p.h == 0) return cudaSuccess;
   using T = std::conditional_t<kType == DType::kF16, cutlass::half_t, cutlass::bfloat16_t>;
-  if constexpr (kVariant == cuda::Variant::kSplit)
+  if constexpr (kVariant == cuda::Variant::kSplit) {
     return launch_split_forward<T, D, N>(p, device, stream);
-  else
-    return launch_row<T, D, M, N>(p, stream);
+  } else {
+    constexpr ForwardTile tile = forward_tile(D, k227KB, false, false);
+    static_assert(tile.m == M && tile.n == N);
+    return with_room(device.smem,
+                     [&](auto room) { return launch_row<T, D, decltype(room)::value>(p, stream); });
+  }
 }
 
 }  // namespace flashjax::upstream

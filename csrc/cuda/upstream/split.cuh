@@ -169,7 +169,7 @@ cudaError_t launch_split(const FwdParams& p, const cuda::Device& device, cudaStr
 
 template <typename T, int D, int N>
 cudaError_t launch_split_row(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
-  const Call call(p, 64, N);
+  const Call call(p);
   const bool masked = call.masked && !sees_a_range(p);
   if (call.extras == 0 && p.d == D)
     return masked ? launch_split<T, D, N, kEvenDim | kLocal>(p, device, stream)

@@ -39,16 +39,17 @@ inline bool sees_a_range(const Problem& p) {
   return p.s == 1 && !p.alibi_slopes && (!p.page_table || p.window_left < 0);
 }
 
-// What of a call decides its kernel, given a tile.
+// What of a call decides its kernel.
 struct Call {
-  bool masked, causal, even;
+  bool masked, causal;
+  bool even;  // full tiles alone, whatever their size
   int extras;
 
-  Call(const Problem& p, int m, int n) {
+  explicit Call(const Problem& p) {
     const bool corner = !p.shift && (!p.top_left || (is_whole(p) && p.s == p.t));
     masked = p.window_left >= 0 || p.window_right >= 0;
     causal = p.window_left < 0 && p.window_right == 0 && corner;
-    even = is_whole(p) && p.n == 1 && p.t > 0 && p.s % m == 0 && p.t % n == 0;
+    even = is_whole(p) && p.n == 1 && p.t > 0 && p.s % 128 == 0 && p.t % 128 == 0;
     extras = (p.alibi_slopes ? kWithAlibi : 0) | (p.softcap != 0 ? kWithSoftcap : 0) |
              (p.dropout_seed ? kWithDropout : 0);
   }
