@@ -145,7 +145,7 @@ def test_splits(name, num_splits, implementation):
 @pytest.mark.cuda
 @pytest.mark.skipif(not ON_GPU, reason="CPU kernels check ids and lengths on the host")
 @pytest.mark.parametrize("page", [0, 16, 5])
-def test_bad_values_are_skipped(page):
+def test_bad_values_are_skipped(page, implementation):
     """Ids that name no page, entries that do not exist and lengths past the capacity: their keys do not take part."""
     t = 512 - 512 % (page or 1)
     case = dataclasses.replace(BY_ID["decode-causal-4-d128"], t=t, page=page, lengths=(t,) * 10)
@@ -162,7 +162,7 @@ def test_bad_values_are_skipped(page):
         table[6] = -7
     else:
         arrays["cache_batch_idx"] = np.array([0, 1, 2, 3, 4, -1, 12, 2**31 - 1, -(2**31), 1], np.int32)
-    out, lse = run(case, dataclasses.replace(inputs, arrays=arrays), "cuda")
+    out, lse = run(case, dataclasses.replace(inputs, arrays=arrays), implementation)
 
     lengths = np.clip(arrays["cache_seqlens"], 0, t)
     caches = [arrays[name].astype(np.float64) for name in ("k_cache", "v_cache")]

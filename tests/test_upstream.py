@@ -12,6 +12,8 @@ import pytest
 
 import flashjax
 import oracle
+import test_decode
+import test_sequences
 from cases import CASES, cotangents
 from conftest import ON_GPU
 from harness import differentiated, function, to_device
@@ -19,12 +21,13 @@ from harness import differentiated, function, to_device
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")]
 
 
-def _half(case, dtype):
-    return case if case.dtype != "float32" else dataclasses.replace(case, dtype=dtype)
+def _half(case):
+    return case if case.dtype != "float32" else dataclasses.replace(case, dtype="bfloat16")
 
 
-HALF = [pytest.param(_half(case, "bfloat16"), id=case.id) for case in CASES]
-TRAINED = [pytest.param(case.values[0], id=case.id) for case in HALF if case.values[0].layout != "cached"]
+HALF = [_half(case) for case in (*CASES, *test_decode.DECODE, *(x.values[0] for x in test_sequences.CASES))]
+ALL = [pytest.param(case, id=case.id) for case in HALF]
+TRAINED = [pytest.param(case, id=case.id) for case in HALF if case.layout != "cached"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +42,7 @@ def _served():
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("case", HALF)
+@pytest.mark.parametrize("case", ALL)
 def test_forward(case):
     inputs = case.build()
     call = function(case, inputs, "upstream")
@@ -52,25 +55,60 @@ def test_forward(case):
     oracle.same_bits(again[0], out, "out of a second call")
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("case", TRAINED)
-def test_backward(case, deterministic):
+def test_backward(case):
     inputs = case.build()
     arrays = to_device(inputs.arrays)
     dout_dlse = cotangents(case, inputs, oracle.run(case, inputs).lse)
-    call = differentiated(case, inputs, "upstream", deterministic=deterministic)
-    _, grads = call(arrays, dout_dlse)
     expected, naive = (oracle.run(case, inputs, dout_dlse, naive=x) for x in (False, True))
-    for name, grad in grads.items():
-        worse = naive.grads[name]
-        if name == "sinks" or (case.h != case.g and name in "kv"):
-            # Upstream rounds the gradient of each query head, and sinks are applied to an output that is rounded.
-            worse = expected.grads[name] + 2 * (worse - expected.grads[name])
-        oracle.compare(f"gradient of {name}", grad, expected.grads[name], worse, expected.logit)
-    if deterministic:
-        again = call(arrays, dout_dlse)[1]
-        for name in grads:
-            oracle.same_bits(again[name], grads[name], f"gradient of {name}, second call")
+    for deterministic in (False, True):
+        call = differentiated(case, inputs, "upstream", deterministic=deterministic)
+        _, grads = call(arrays, dout_dlse)
+        for name, grad in grads.items():
+            worse = naive.grads[name]
+            if name == "sinks" or (case.h != case.g and name in "kv"):
+                # Upstream rounds the gradient of each query head, and sinks are applied to an output that is rounded.
+                worse = expected.grads[name] + 2 * (worse - expected.grads[name])
+            what = f"gradient of {name}, deterministic={deterministic}"
+            oracle.compare(what, grad, expected.grads[name], worse, expected.logit)
+        if deterministic:
+            again = call(arrays, dout_dlse)[1]
+            for name in grads:
+                oracle.same_bits(again[name], grads[name], f"gradient of {name}, second call")
+
+
+@pytest.mark.parametrize("page", [0, 16])
+def test_bad_values_are_skipped(page):
+    test_decode.test_bad_values_are_skipped(page, "upstream")
+
+
+@pytest.mark.parametrize("offsets", [(0, 300, 100, 400, 500), (-5, 90, 2**31 - 1, -(2**31), 77)])
+@pytest.mark.parametrize("keys", ["alike", "good"])
+def test_bad_offsets(offsets, keys):
+    test_sequences.test_bad_offsets(offsets, keys, "upstream")
+
+
+def test_in_command_buffers(random):
+    """A program of two layers and their gradients that XLA may record as a CUDA graph: run again with other values."""
+    cu = jnp.array([0, 100, 350, 350, 600], jnp.int32)
+
+    def step(x):
+        def loss(x):
+            for _ in range(2):
+                x = flashjax.flash_mha_varlen(
+                    x, x, x, cu, is_causal=True, deterministic=True, implementation="upstream"
+                )
+            return (x.astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(loss)(x)
+
+    flags = {"xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL", "xla_gpu_graph_min_graph_size": 1}
+    plain = jax.jit(step, compiler_options={"xla_gpu_enable_command_buffer": ""})
+    recorded = jax.jit(step, compiler_options=flags)
+    for seed in range(3):
+        x = jnp.asarray(random.standard_normal((600, 4, 64)), jnp.bfloat16)
+        for _ in range(2):
+            oracle.same_bits(recorded(x), plain(x), f"seed {seed}")
 
 
 # Problems larger than the oracle can do: two implementations that share nothing but the interface.
@@ -102,9 +140,12 @@ def test_against_ours(name, dtype, d, random):
         (out, lse), vjp = jax.vjp(call, q, k, v)
         return [out, lse, *vjp((dout, jnp.ones_like(lse)))]
 
+    # Of dropout upstream's rows are ours.
+    ours = run("reference" if name == "dropout" else "cuda")
     unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
-    for what, ours, theirs in zip(("out", "lse", "dq", "dk", "dv"), run("cuda"), run("upstream"), strict=True):
-        ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
+    limits = {"lse": 1e-4 if name == "softcap" else 1e-5}  # see test_forward
+    for what, mine, theirs in zip(("out", "lse", "dq", "dk", "dv"), ours, run("upstream"), strict=True):
+        mine, theirs = (np.asarray(x, np.float64) for x in (mine, theirs))
         assert np.isfinite(theirs).all(), what
-        error = np.linalg.norm(ours - theirs) / np.linalg.norm(ours)
-        assert error < (1e-5 if what == "lse" else 1.5 * unit), f"{what}: {error:.3g}"
+        error = np.linalg.norm(mine - theirs) / np.linalg.norm(mine)
+        assert error < limits.get(what, 1.5 * unit), f"{what}: {error:.3g}"
