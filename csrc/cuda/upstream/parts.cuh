@@ -47,6 +47,21 @@ inline bool is_whole(const Problem& p) {
          !p.batch_idx && !p.shift && p.max_seqlen_q < 0 && p.max_seqlen_k < 0;
 }
 
+// cu_seqlens that fall make sequences of a row overlap: what two would write belongs to the first.
+__device__ __forceinline__ bool falls(const int32_t* cu, int64_t n, int64_t x) {
+  return cu && cu[x / n * (n + 1) + x % n + 1] < cu[x / n * (n + 1) + x % n];
+}
+
+__device__ __forceinline__ void cut(const Problem& p, int64_t b, int64_t n, Sequence& z) {
+  int64_t q = 0, k = 0;  // ends of those before it
+  for (int64_t i = 0; i < n; ++i) {
+    const Sequence before = sequence(p, b, i);
+    q = imax(q, before.q_begin + before.q_len), k = imax(k, before.k_begin + before.k_len);
+  }
+  q = clamp(q - z.q_begin, 0, z.q_len), k = clamp(k - z.k_begin, 0, z.k_len);
+  z.q_begin += q, z.q_len -= q, z.k_begin += k, z.k_len -= k, z.diagonal += q - k;
+}
+
 // Fills the list and the tiles, if there are any. One block.
 static __global__ void __launch_bounds__(1024)
     list_parts(const __grid_constant__ Problem p, Part* parts, Tile* tiles, int tile_count,
@@ -54,12 +69,17 @@ static __global__ void __launch_bounds__(1024)
   __shared__ int total[32], start;
   const int count = static_cast<int>(p.b * p.n), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (threadIdx.x == 0) start = 0;
+  bool overlap = false;
+  for (int x = threadIdx.x; x < count; x += blockDim.x)
+    overlap |= falls(p.cu_seqlens_q, p.n, x) || falls(p.cu_seqlens_k, p.n, x);
+  overlap = __syncthreads_or(overlap);
   for (int first = 0; first < count; first += blockDim.x) {
     const int x = first + threadIdx.x;
     int mine = 0;
     if (x < count) {
       const int64_t b = x / p.n;
-      const Sequence z = sequence(p, b, x % p.n);
+      Sequence z = sequence(p, b, x % p.n);
+      if (overlap) cut(p, b, x % p.n, z);
       Part part;
       part.q_begin = static_cast<int>(z.q_begin), part.q_len = static_cast<int>(z.q_len);
       part.k_len = static_cast<int>(z.k_len);
