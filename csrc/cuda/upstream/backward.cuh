@@ -48,26 +48,35 @@ template <typename Traits, int kOptions>
 __device__ __forceinline__ void backward_cta(const BackwardArgs& args) {
   constexpr bool kDropout = kOptions & kWithDropout;
   const int h = blockIdx.y;
-  // In a fixed order: CTA x of a part does its blocks x, x + splits, ..., and adds to its own dq.
-  const Tile tile = args.deterministic ? Tile{int(blockIdx.z), int(blockIdx.x)} : args.tile();
+  const bool is_grid = (kOptions & kEvenRows) || args.deterministic;  // (blocks, heads, parts)
+  const Tile tile = is_grid ? Tile{int(blockIdx.z), int(blockIdx.x)} : args.tile();
   if (tile.part < 0) return;
-  BackwardArgs a = args;
-  if constexpr (kOptions & kLocal) move_window(a, tile.part);
-  uint64_t state[2] = {};
-  if constexpr (kDropout) {
-    const Stream stream(a, tile.part, h);
-    state[0] = stream.seed, state[1] = stream.offset;
+  // In a fixed order: CTA x of a part does its blocks x, x + splits, ..., and adds to its own dq.
+  auto run = [&](const BackwardArgs& a) {
+    for (int block = tile.index;; block += args.splits) {
+      flash::compute_dq_dk_dv_1colblock<Traits, kDropout, bool(kOptions & kCausal),
+                                        bool(kOptions & kLocal), bool(kOptions & kWithAlibi),
+                                        bool(kOptions & kEvenRows), bool(kOptions & kEvenDim),
+                                        bool(kOptions & kWithSoftcap), false, false, true>(
+          a, tile.part, h, block);
+      if (!args.deterministic) return;
+      const flash::BlockInfo<true> part(a, tile.part);
+      if ((block + args.splits) * Traits::kBlockN >= part.actual_seqlen_k) return;
+    }
+  };
+  if constexpr (kOptions & (kLocal | kWithDropout)) {  // a copy costs registers
+    BackwardArgs a = args;
+    if constexpr (kOptions & kLocal) move_window(a, tile.part);
+    uint64_t state[2] = {};
+    if constexpr (kDropout) {
+      const Stream stream(a, tile.part, h);
+      state[0] = stream.seed, state[1] = stream.offset;
+    }
+    a.rng_state = state;
+    run(a);
+  } else {
+    run(args);
   }
-  a.rng_state = state;
-  const flash::BlockInfo<true> part(a, tile.part);
-  const int blocks = (part.actual_seqlen_k + Traits::kBlockN - 1) / Traits::kBlockN;
-  const int last = args.deterministic ? blocks : min(blocks, tile.index + 1);
-  for (int block = tile.index; block < last; block += args.splits)
-    flash::compute_dq_dk_dv_1colblock<Traits, kDropout, bool(kOptions & kCausal),
-                                      bool(kOptions & kLocal), bool(kOptions & kWithAlibi),
-                                      bool(kOptions & kEvenRows), bool(kOptions & kEvenDim),
-                                      bool(kOptions & kWithSoftcap), false, false, true>(
-        a, tile.part, h, block);
 }
 
 template <typename Traits, int kOptions, Room kRoom>
@@ -180,9 +189,10 @@ cudaError_t launch_options(const BwdParams& p, cudaStream_t stream) {
     check(cudaGetLastError());
   }
   if (p.s > 0 && p.t > 0 && p.n > 0) {
-    const dim3 main = p.deterministic ? dim3(static_cast<unsigned>(a.splits), heads,
-                                             static_cast<unsigned>(p.b * p.n))
-                                      : grid(k_tiles);
+    const unsigned parts = static_cast<unsigned>(p.b * p.n);
+    const dim3 main = p.deterministic          ? dim3(a.splits, heads, parts)
+                      : (kOptions & kEvenRows) ? dim3(a.blocks, heads, parts)
+                                               : grid(k_tiles);
     check(launch(backward<Traits, kOptions, kRoom>, main, Traits::kNThreads,
                  Traits::kSmemSize1colblock, a, stream));
   }

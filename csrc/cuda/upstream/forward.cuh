@@ -9,24 +9,31 @@ using ForwardArgs = Arguments<flash::Flash_fwd_params>;
 
 template <typename Traits, int kOptions>
 __device__ __forceinline__ void forward_cta(const ForwardArgs& args) {
-  constexpr bool kDropout = kOptions & kWithDropout, kMoves = kOptions & kLocal;
-  const Tile tile = args.tile();
+  constexpr bool kDropout = kOptions & kWithDropout;
+  const Tile tile = (kOptions & kEvenRows) ? Tile{int(blockIdx.z), int(blockIdx.x)} : args.tile();
   const int part = tile.part, h = blockIdx.y;
   if (part < 0) return;
   // Longest first where the diagonal cuts blocks short.
   const int block = (kOptions & kCausal) && !args.tiles ? args.blocks - 1 - tile.index : tile.index;
-  ForwardArgs a = args;
-  if constexpr (kMoves) move_window(a, part);
-  unsigned long long state[2];
-  if constexpr (kDropout) {
-    const Stream stream(a, part, h);
-    a.philox_args = {stream.seed, stream.offset};
-    a.rng_state = reinterpret_cast<uint64_t*>(state);
+  auto run = [&](const ForwardArgs& a) {
+    flash::compute_attn_1rowblock<Traits, kDropout, bool(kOptions & kCausal),
+                                  bool(kOptions & kLocal), bool(kOptions & kWithAlibi),
+                                  bool(kOptions & kEvenRows), bool(kOptions & kEvenDim),
+                                  bool(kOptions & kWithSoftcap), false>(a, part, h, block);
+  };
+  if constexpr (kOptions & (kLocal | kWithDropout)) {  // a copy costs registers
+    ForwardArgs a = args;
+    if constexpr (kOptions & kLocal) move_window(a, part);
+    unsigned long long state[2];
+    if constexpr (kDropout) {
+      const Stream stream(a, part, h);
+      a.philox_args = {stream.seed, stream.offset};
+      a.rng_state = reinterpret_cast<uint64_t*>(state);
+    }
+    run(a);
+  } else {
+    run(args);
   }
-  flash::compute_attn_1rowblock<Traits, kDropout, bool(kOptions & kCausal), bool(kOptions & kLocal),
-                                bool(kOptions & kWithAlibi), bool(kOptions & kEvenRows),
-                                bool(kOptions & kEvenDim), bool(kOptions & kWithSoftcap), false>(
-      a, part, h, block);
 }
 
 template <typename Traits, int kOptions, Room kRoom>
@@ -44,7 +51,9 @@ cudaError_t launch_options(const FwdParams& p, cudaStream_t stream) {
   cudaError_t error = list(p, a, space, {Traits::kBlockM}, &tiles, stream);
   if (error != cudaSuccess) return error;
   if (a.parts.list && (error = clear(p, stream)) != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(p.h));
+  const unsigned heads = static_cast<unsigned>(p.h);
+  const dim3 grid = (kOptions & kEvenRows) ? dim3(a.blocks, heads, static_cast<unsigned>(p.b))
+                                           : dim3(static_cast<unsigned>(tiles), heads);
   error = launch(forward<Traits, kOptions, kRoom>, grid, Traits::kNThreads, Traits::kSmemSize, a,
                  stream);
   if (error != cudaSuccess || (all_see(p) && !p.sinks)) return error;

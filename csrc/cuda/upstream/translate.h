@@ -42,14 +42,14 @@ inline bool sees_a_range(const Problem& p) {
 // What of a call decides its kernel.
 struct Call {
   bool masked, causal;
-  bool even;  // full tiles alone, whatever their size
+  bool even;  // full tiles alone, whatever their size; (blocks, heads, rows) is a grid
   int extras;
 
   explicit Call(const Problem& p) {
     const bool corner = !p.shift && (!p.top_left || (is_whole(p) && p.s == p.t));
     masked = p.window_left >= 0 || p.window_right >= 0;
     causal = p.window_left < 0 && p.window_right == 0 && corner;
-    even = is_whole(p) && p.n == 1 && p.t > 0 && p.s % 128 == 0 && p.t % 128 == 0;
+    even = is_whole(p) && p.n == 1 && p.b <= 65535 && p.t > 0 && p.s % 128 == 0 && p.t % 128 == 0;
     extras = (p.alibi_slopes ? kWithAlibi : 0) | (p.softcap != 0 ? kWithSoftcap : 0) |
              (p.dropout_seed ? kWithDropout : 0);
   }
