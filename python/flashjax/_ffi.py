@@ -63,8 +63,7 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
     A function of shapes alone, since the platform's kernel is chosen when the program runs. Where a program is exported
     for shapes of any size, an expression of those.
     """
-    own = _own_bytes(target, arrays, attrs)
-    return max_dim(own, _upstream_bytes(target, arrays, attrs)) if _has_upstream() else own
+    return max_dim(_own_bytes(target, arrays, attrs), _upstream_bytes(target, arrays, attrs))
 
 
 def _own_bytes(target, arrays, attrs):
@@ -111,19 +110,22 @@ def _partial_results_bytes(arrays: Arrays, attrs: Attrs) -> int:
 
 
 @functools.cache
-def _has_upstream() -> bool:
+def _upstream_width(d: int, *columns: str) -> int:
+    """The head dim of FlashAttention-2's row that serves d, of those in this build with these columns; 0: none."""
     module = _support.extension("cuda")
-    return module is not None and any(row["family"] == "upstream" and row["built"] for row in module.kernels)
+    rows = [row for row in module.kernels if row["family"] == "upstream" and row["built"]] if module else []
+    return min((row["d"] for row in rows if row["d"] >= d and {*columns} <= {*row.values()}), default=0)
 
 
 def _upstream_bytes(target, arrays, attrs):
     """For FlashAttention-2's, as csrc/cuda/upstream takes them."""
     b, s, h, d = arrays["q"].shape
     c, t, g, _ = arrays["k"].shape
-    if arrays["q"].dtype == jnp.float32 or d > 256:
+    columns = str(arrays["q"].dtype), "backward" if target == "flashjax_bwd" else "forward"
+    width = _upstream_width(d, *columns)
+    if not width:
         return 0
     n = arrays["cu_seqlens_q"].shape[1] - 1 if "cu_seqlens_q" in arrays else 1
-    width = next(x for x in (32, 64, 96, 128, 192, 256) if d <= x)
     lists = (24 + 8 + 4 * h) * b * n + 8 * b * -(-max_dim(s, t) // 32) + 1024  # sequences, their tiles, and slopes
     if target == "flashjax_bwd":
         rows = b * h * (s + 128 * n)
@@ -132,7 +134,8 @@ def _upstream_bytes(target, arrays, attrs):
         return 4 * rows * (copies * width + 1) + heads + 3 * lists + 1024
     pages = arrays["page_table"].shape[1] if "page_table" in arrays else 0
     known = isinstance(s, int)
-    if known and s > 64 and not pages:
+    width = _upstream_width(d, *columns, "kSplit")
+    if not width or (known and s > 64 and not pages):
         return lists
     tiles = b * (h if known and s > 1 else g) * -(-s // 64)
     splits = min_dim(attrs.num_splits or -(-320 // max_dim(tiles, 1)), max_dim(-(-t * (pages or 1) // 64), 1))
