@@ -1,67 +1,76 @@
 // The launch of the sm_90a decode kernels.
 #pragma once
 #include "decode_kernel.cuh"
+#include "decode_latent_kernel.cuh"
 #include "host.h"
 
 namespace flashjax::sm90 {
 
 // Enqueues a kernel that may begin while the one before it ends; both call griddepcontrol.wait.
 template <typename... Args>
-cudaError_t launch_after(void (*kernel)(Args...), dim3 grid, int threads, int smem,
+cudaError_t launch_after(void (*kernel)(Args...), dim3 grid, int threads, int smem, int cluster,
                          cudaStream_t stream, const Args&... args) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attrs[2] = {};
+  attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attrs[0].val.programmaticStreamSerializationAllowed = 1;
+  attrs[1].id = cudaLaunchAttributeClusterDimension;
+  attrs[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = smem;
-  config.stream = stream, config.attrs = &early, config.numAttrs = 1;
+  config.stream = stream, config.attrs = attrs, config.numAttrs = cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-template <DType kType, int D, int M, int N>
-cudaError_t launch_blocks(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
+using DecodeKernel = void (*)(TMap, TMap, TMap, DecodeArgs);
+
+// By the kernel that K describes, and the one that puts its parts together.
+template <DType kType, class K>
+cudaError_t launch_blocks(const FwdParams& p, const cuda::Device& device, cudaStream_t stream,
+                          DecodeKernel kernel) {
   constexpr bool kF16 = kType == DType::kF16;
-  using K = Decode<kF16, D, M, N>;
+  constexpr int M = K::kRows, N = K::kTileKeys, E = K::E, kCluster = K::kCluster;
   auto up = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
   const int64_t ratio = p.h / p.g;
   DecodeArgs a{};
   a.p = p;
-  a.pages = pages(p, N);
+  a.pages = pages(p, K::kBox);
   a.out = static_cast<u32*>(p.out), a.lse = p.lse;
+  a.ratio = static_cast<int>(ratio);
   a.block_heads = static_cast<int>(ratio < M ? ratio : M);
   const int64_t queries = M / a.block_heads;
   a.block_queries = static_cast<int>(p.s < queries ? p.s : queries);
   const int64_t head_blocks = up(ratio, a.block_heads);
-  const int64_t heads = p.g * head_blocks * up(p.s, a.block_queries), tiles = up(p.t, N);
-  a.head_blocks = static_cast<int>(head_blocks);
-  a.blocks = static_cast<int>(heads / p.g), a.heads = static_cast<int>(heads);
+  const int64_t blocks = up(head_blocks * up(p.s, a.block_queries), kCluster);
+  const int64_t heads = p.g * blocks, tiles = up(p.t, N);
+  a.cluster = kCluster, a.head_blocks = static_cast<int>(head_blocks);
+  a.blocks = static_cast<int>(blocks), a.heads = static_cast<int>(heads);
   auto bound = [](int64_t x) { return static_cast<int>(x < 0 ? -1 : x > 1 << 29 ? 1 << 29 : x); };
   a.left = bound(p.window_left), a.right = bound(p.window_right);
-  a.bucket = static_cast<int>(up(p.b, K::kBuckets));
+  a.bucket = static_cast<int>(up(p.b, 32));
   const int64_t splits = p.num_splits < tiles ? p.num_splits : tiles;
   a.splits = static_cast<int>(splits < 0 ? 0 : splits);
 
-  // Partial results: two slots for each CTA, or one for each part that was asked for.
-  const int64_t rows = a.rows(), slot = rows * (D + 1) * 4;
+  // Partial results: two slots for each cluster, or one for each part that was asked for.
+  const int64_t rows = kCluster * a.rows(), slot = rows * (E + 1) * 4;
   const int64_t most = p.b * heads * (tiles > a.splits ? tiles : a.splits);
   if (most > INT32_MAX || p.t >= 1 << 29) return cudaErrorInvalidConfiguration;
-  int64_t ctas = int64_t{1} * K::kCtas * device.sms, owners = p.b * heads, slots = most;
+  int64_t shares = K::kCtas * (device.sms / kCluster), owners = p.b * heads, slots = most;
   if (a.splits) {
     slots = p.b * heads * a.splits;
     if (p.workspace_bytes < 16 + slots * slot) return cudaErrorInvalidValue;
-    if (ctas > slots) ctas = slots;
+    if (shares > slots) shares = slots;
   } else {
     const int64_t fit = (p.workspace_bytes - 16) / (sizeof(Joint) + 2 * slot);
-    if (ctas > fit) ctas = fit;
-    if (ctas > most) ctas = most > 0 ? most : 1;
-    if (ctas < 1) return cudaErrorInvalidValue;
-    a.by_head = owners < ctas;
-    if (!a.by_head) owners = ctas;
-    slots = 2 * ctas;
+    if (shares > fit) shares = fit;
+    if (shares > most) shares = most > 0 ? most : 1;
+    if (shares < 1) return cudaErrorInvalidValue;
+    a.by_head = owners < shares;
+    if (!a.by_head) owners = shares;
+    slots = 2 * shares;
   }
   char* next = static_cast<char*>(p.workspace);
   if (!a.splits) a.joints = reinterpret_cast<Joint*>(next), next += owners * sizeof(Joint);
-  a.part_out = reinterpret_cast<float*>(next), next += slots * rows * D * 4;
+  a.part_out = reinterpret_cast<float*>(next), next += slots * rows * E * 4;
   a.part_lse = reinterpret_cast<float*>(next);
 
   TMap q, k, v;
@@ -75,25 +84,35 @@ cudaError_t launch_blocks(const FwdParams& p, const cuda::Device& device, cudaSt
   error = cuda::first_error(
       error, tensor_map(v, pv, p.dtype, a.pages.count, a.pages.size, p.g, p.e, a.pages.box, 128));
   if (error != cudaSuccess) return error;
-  auto kernel = decode_kernel<kF16, D, M, N>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem);
   if (error != cudaSuccess) return error;
-  error = launch_after(kernel, dim3(static_cast<unsigned>(ctas)), K::kThreads, K::kSmem, stream, q,
-                       k, v, a);
+  error = launch_after(kernel, dim3(static_cast<unsigned>(shares * kCluster)), K::kThreads,
+                       K::kSmem, kCluster, stream, q, k, v, a);
   if (error != cudaSuccess || a.splits == 1 || tiles == 0) return error;
   // Many parts of each head are put together by all threads of a block, few by some of them.
-  constexpr int kGroups = 128 / (D / 4);
-  a.team = ctas >= 8 * owners || a.splits >= 8 ? kGroups : 1;
+  constexpr int kGroups = 128 / (E / 4);
+  a.team = shares >= 8 * owners || a.splits >= 8 ? kGroups : 1;
   const dim3 grid(static_cast<unsigned>(owners), static_cast<unsigned>(up(rows, kGroups / a.team)));
-  return launch_after(combine_kernel<kF16, D, N>, grid, 128, 0, stream, a);
+  return launch_after(combine_kernel<kF16, E, N>, grid, 128, 0, 1, stream, a);
 }
 
-// A warpgroup of 64 rows is enough for most; two share what they read.
+// A block of 64 rows is enough for most; two share what they read.
 template <DType kType, int D, int N>
 cudaError_t launch_decode(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
+  constexpr bool kF16 = kType == DType::kF16;
   if (p.b * p.s * p.h == 0) return cudaSuccess;
-  if (p.s * (p.h / p.g) <= 64) return launch_blocks<kType, D, 64, N>(p, device, stream);
-  return launch_blocks<kType, D, 128, N>(p, device, stream);
+  const bool one = p.s * (p.h / p.g) <= 64;
+  if constexpr (D > 256) {
+    if (one)
+      return launch_blocks<kType, Latent<kF16, 1>>(p, device, stream, latent_kernel<kF16, 1>);
+    return launch_blocks<kType, Latent<kF16, 2>>(p, device, stream, latent_kernel<kF16, 2>);
+  } else {
+    if (one)
+      return launch_blocks<kType, Decode<kF16, D, 64, N>>(p, device, stream,
+                                                          decode_kernel<kF16, D, 64, N>);
+    return launch_blocks<kType, Decode<kF16, D, 128, N>>(p, device, stream,
+                                                         decode_kernel<kF16, D, 128, N>);
+  }
 }
 
 }  // namespace flashjax::sm90

@@ -44,6 +44,14 @@ DI void mb_arrive(u32 b) {
   jitter();
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory");
 }
+DI void mb_arrive_at(u32 b, u32 rank) {  // the same barrier of another CTA of the cluster
+  jitter();
+  asm volatile(
+      "{.reg .b32 x; mapa.shared::cluster.u32 x, %0, %1;"
+      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [x];}" ::"r"(b),
+      "r"(rank)
+      : "memory");
+}
 DI void mb_wait(u32 b, u32 parity) {
   jitter();
   asm volatile(
@@ -83,6 +91,15 @@ DI void tma_store(const TMap* m, u32 src, int c0, int c1, int c2, int c3) {
       "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::"l"(
           m),
       "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+// To the same place in every CTA of the cluster that `mask` names, each of which counts the bytes.
+DI void tma_load_all(u32 dst, const TMap* m, u32 bar, int c0, int c1, int c2, int c3, u64 hint,
+                     unsigned short mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::"
+      "cluster.L2::cache_hint [%0], [%1, {%3,%4,%5,%6}], [%2], %8, %7;" ::"r"(dst),
+      "l"(m), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(hint), "h"(mask)
       : "memory");
 }
 DI void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {
@@ -166,6 +183,15 @@ DI void bar_arrive(int id, int n) {
   jitter();
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory");
 }
+DI int cluster_rank() {
+  int x;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
+  return x;
+}
+DI void cluster_sync() {
+  jitter();
+  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
 template <int N>
 DI void reg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
@@ -203,6 +229,9 @@ DI float load_shared(u32 p) {
   float a;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(a) : "r"(p) : "memory");
   return a;
+}
+DI void store_float(u32 p, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(p), "f"(x) : "memory");
 }
 DI void load_shared2(float& a, float& b, u32 p) {
   asm volatile("ld.shared.v2.f32 {%0,%1},[%2];" : "=f"(a), "=f"(b) : "r"(p));

@@ -1,0 +1,356 @@
+// The list of key tiles that decoding is cut from, and the way back: which tiles a CTA works on,
+// and how the parts of a head are put together.
+#pragma once
+#include "../../attention/sequence.h"
+#include "pages.cuh"
+
+namespace flashjax::sm90 {
+
+// A head whose tiles several CTAs have: its partial results are in slots first, next, next + 1, ...
+// With less than two parts there is nothing to put together.
+struct Joint {
+  int head;  // over [b, heads]
+  int first, next, parts;
+};
+
+struct DecodeArgs {
+  flashjax::Problem p;
+  Pages pages;
+  u32* out;
+  float* lse;
+  // A block of queries is `block_heads` query heads of a key head by `block_queries` queries, heads
+  // innermost. `cluster` CTAs work on as many blocks of a key head together.
+  int block_heads, block_queries, cluster;
+  int head_blocks, blocks;  // blocks of a query; of a key head, those of a cluster counted once
+  int heads;                // g * blocks: what the list calls a head
+  int ratio;                // h / g
+  int bucket;               // sequences whose tiles a lane sums
+  int splits;               // parts of every head; 0: equal shares of the list
+  bool by_head;             // heads are fewer than CTAs
+  int team;                 // groups of threads that put one row together: 1, or all of a block
+  int left, right;          // the window; -1: unbounded. At most 2^29
+  // Workspace, with r = cluster * block_heads * block_queries rows:
+  Joint* joints;    // if splits == 0: [b, heads] where by_head, else [grid], by the first CTA
+  float* part_lse;  // [slots, r], base 2
+  float* part_out;  // [slots, r, E]
+  FLASHJAX_HD int rows() const { return block_heads * block_queries; }  // of a block
+};
+
+// Row r of the block that CTA `rank` of a cluster has: which query and query head it is.
+struct Row {
+  int i, h;
+  bool live;
+};
+DI Row row_of(const DecodeArgs& a, int head, int r, int rank = 0) {
+  const int hk = head / a.blocks, block = (head - hk * a.blocks) * a.cluster + rank;
+  const int q = r / a.block_heads;
+  const int qb = block / a.head_blocks, hb = block - qb * a.head_blocks;
+  const int x = hb * a.block_heads + r - q * a.block_heads;
+  const int i = qb * a.block_queries + q;
+  return {i, hk * a.ratio + x, q < a.block_queries && i < a.p.s && x < a.ratio};
+}
+
+// The keys of batch row b, counted from the first that its pages or its entry hold: those that some
+// query sees, the tiles of N that hold them, and those tiles that need no mask.
+struct Keys {
+  int begin, end, first, tiles, clear_begin, clear_end;
+  int base, count, q_len, diagonal;  // keys of the sequence: base to base + count; as in sequence.h
+  DI Keys() {}
+  DI Keys(const DecodeArgs& a, int b, int n) {
+    flashjax::Problem p = a.p;
+    p.cu_seqlens_q = p.cu_seqlens_k = nullptr;  // one sequence a row
+    const Sequence z = sequence(p, b, 0);
+    const Range some = visible_keys(p, z, 0, z.q_len), all = common_keys(p, z, 0, z.q_len);
+    base = (int)z.k_begin, count = (int)z.k_len, q_len = (int)z.q_len;
+    diagonal = (int)flashjax::clamp(z.diagonal, -(1 << 30), 1 << 30);
+    begin = base + (int)some.begin, end = base + (int)some.end;
+    first = begin / n, tiles = q_len > 0 && end > begin ? (end + n - 1) / n - first : 0;
+    clear_begin = (base + (int)all.begin + n - 1) / n;
+    clear_end = q_len < a.p.s ? 0 : (base + (int)all.end) / n;
+  }
+  // Those that query i sees.
+  DI void seen(const DecodeArgs& a, int i, int& from, int& to) const {
+    const int at = i + diagonal;
+    from = base + (a.left < 0 ? 0 : max(0, at - a.left));
+    to = base + (a.right < 0 ? count : min(count, at + a.right + 1));
+    if (i >= q_len) to = 0;
+  }
+};
+
+// A CTA's work: tiles [n0, n1) of one head of batch row b. Handed to the consumers in shared
+// memory; n0 = n1 is the end.
+struct Piece {
+  Keys keys;
+  int b, head, n0, n1;
+  int slot;  // of the partial result; -1: these are all tiles of the head
+};
+
+// Scores are not just scaled: what `finish` leaves is then in natural units, else to be scaled yet.
+DI bool is_bent(const flashjax::Problem& p) {
+  return p.softcap != 0.f || p.alibi_slopes || !(p.scale > 0.f);
+}
+
+DI float sink(const DecodeArgs& a, int b, int h) {
+  return a.p.sinks[b * a.p.sinks_shape.stride[0] + h];
+}
+
+// What a row of P V is multiplied by in the end, and its log-sum-exp, base 2. From its maximum and
+// its sum.
+struct End {
+  float inv, lse;
+};
+DI End end_of(const DecodeArgs& a, const Piece& piece, const Row& row, float top, float l) {
+  float keep = 1.f;
+  if (a.p.sinks && piece.slot < 0) {  // one more term in the denominator
+    const float sunk = sink(a, piece.b, row.h) * kLog2E, most = fmaxf(top, sunk);
+    if (most != -infinity()) {
+      keep = ex2(top - most), l = l * keep + ex2(sunk - most);
+      top = most;
+    }
+  }
+  // A NaN stays one.
+  return {l > 0.f ? keep / l : l, l == 0.f ? -infinity() : top + lg2(l)};
+}
+
+// The list in tiles of N keys. With kCluster > 1 that many CTAs have a share together.
+template <int N, int kCluster = 1>
+struct List {
+  // Calls f() for each piece that this CTA has to do, which is in x then. By one warp: x lives in
+  // shared memory, where all lanes write the same. Also writes the joints.
+  template <class F>
+  static DI void walk(const DecodeArgs& a, Piece& x, F f) {
+    const int cta = blockIdx.x / kCluster, ctas = gridDim.x / kCluster;
+    const int lane = threadIdx.x & 31, n = (int)a.p.b;
+    int splits = a.splits, sum = 0, before = 0, all = 0, shares = 0;
+    if (!splits) {
+      if (!a.by_head) a.joints[cta] = {0, 0, 0, 0};
+      // A lane sums the tiles of the sequences of one bucket.
+      int most = 0;
+#pragma unroll 1
+      for (int i = lane * a.bucket; i < min(n, (lane + 1) * a.bucket); i++) {
+        const int tiles = Keys(a, i, N).tiles;
+        sum += tiles, most = max(most, tiles);
+      }
+      most = __reduce_max_sync(~0u, most);
+      before = sum *= a.heads;
+#pragma unroll
+      for (int k = 1; k < 32; k *= 2) {
+        const int y = __shfl_up_sync(~0u, before, k);
+        if (lane >= k) before += y;
+      }
+      all = __shfl_sync(~0u, before, 31), shares = min(ctas, all);  // no share is empty
+      // Heads as a whole, or a few parts of each, where that is nearly as even: less to put
+      // together.
+      const int items = n * a.heads;
+#pragma unroll 1
+      for (int parts = a.by_head ? 4 : 1; parts; parts--) {
+        const int rounds = (items * parts + ctas - 1) / ctas;
+        const long long load = (long long)rounds * ((most + parts - 1) / parts);
+        const bool fits = parts == 1 || items * parts <= 2 * ctas;
+        if (fits && load * shares * 25 <= all * 26ll) splits = parts;
+      }
+    }
+    if (splits) {
+      const int items = n * a.heads * splits;
+      x.b = -1;
+#pragma unroll 1
+      for (int item = cta; item < items; item += ctas) {
+        __syncwarp();
+        const int at = item / splits, part = item - at * splits, b = at / a.heads;
+        if (b != x.b) x.keys = Keys(a, x.b = b, N);
+        const int tiles = x.keys.tiles, parts = min(splits, tiles);
+        if (part >= parts) continue;
+        x.head = at - b * a.heads;
+        x.n0 = x.keys.first + (int)((long long)part * tiles / parts);
+        x.n1 = x.keys.first + (int)((long long)(part + 1) * tiles / parts);
+        x.slot = parts == 1 ? -1 : item;
+        if (part == 0 && a.by_head) a.joints[at] = {at, item, item + 1, parts};
+        f();
+      }
+      return;
+    }
+    if (cta >= shares) return;
+    before -= sum;
+    // The first `more` shares have a tile more than the others.
+    const int each = all / shares, more = all - each * shares;
+    int t = cta * each + min(cta, more);
+    const int t1 = t + each + (cta < more);
+    const int bucket = __popc(__ballot_sync(~0u, before <= t)) - 1;  // the last that begins by t
+    int at = __shfl_sync(~0u, before, bucket);                       // where sequence b + 1 begins
+    int b = bucket * a.bucket - 1, tiles = 0;
+#pragma unroll 1
+    while (t < t1) {
+      if (t >= at) {
+        __syncwarp();
+        x.keys = Keys(a, x.b = ++b, N);
+        tiles = x.keys.tiles, at += tiles * a.heads;
+        continue;
+      }
+      __syncwarp();
+      const int left = at - t, heads = (left + tiles - 1) / tiles;  // in tiles, in heads
+      const int n0 = heads * tiles - left, n1 = min(tiles, n0 + t1 - t);
+      x.head = a.heads - heads, x.n0 = x.keys.first + n0, x.n1 = x.keys.first + n1;
+      x.slot = n1 - n0 == tiles ? -1 : n0 ? cta : ctas + cta;
+      if (n0 == 0 && (n1 < tiles || a.by_head)) {  // as far as the CTA that has the last tile
+        const int end = t + tiles - 1, grown = more * (each + 1);
+        const int last = end < grown ? end / (each + 1) : more + (end - grown) / each;
+        const int at_head = b * a.heads + x.head;
+        a.joints[a.by_head ? at_head : cta] = {at_head, ctas + cta, cta + 1, last - cta + 1};
+      }
+      f();
+      t += n1 - n0;
+    }
+  }
+
+  // The results of batch rows where no query sees a key, by the threads that have nothing to do.
+  static DI void without_keys(const DecodeArgs& a) {
+    const int rows = (int)(a.p.s * a.p.h), pairs = (int)a.p.e / 2;
+    for (int64_t b = blockIdx.x; b < a.p.b; b += gridDim.x) {
+      if (Keys(a, (int)b, N).tiles) continue;
+      if (a.by_head && !a.splits)
+        for (int i = threadIdx.x - 32; i < a.heads; i += 96)
+          a.joints[b * a.heads + i] = {0, 0, 0, 0};
+      for (int64_t i = threadIdx.x - 32; i < (int64_t)rows * pairs; i += 96)
+        a.out[b * rows * pairs + i] = 0;
+      for (int i = threadIdx.x - 32; i < rows; i += 96)
+        a.lse[b * rows + i] = a.p.sinks ? sink(a, (int)b, i / (int)a.p.s) : -infinity();
+    }
+  }
+
+  // Scores of kKeys keys from j0: bent, and -inf where a query does not see a key. A thread has
+  // rows r0 and r0 + 8.
+  template <int kKeys>
+  static DI void finish(float (&s)[kKeys / 2], const DecodeArgs& a, const Piece& piece, bool bent,
+                        bool masked, int odd, int j0, int r0, int rank = 0) {
+    const flashjax::Problem& p = a.p;
+    const Keys& k = piece.keys;
+    const int lane = threadIdx.x & 31;
+    if (bent) {
+      const float inv_cap = p.softcap != 0.f ? 1.f / p.softcap : 0.f;
+#pragma unroll
+      for (int hh = 0; hh < 2; hh++) {
+        const Row row = row_of(a, piece.head, r0 + 8 * hh, rank);
+        const int near = k.base + row.i + k.diagonal - j0 - 2 * (lane & 3);
+        float slope = 0.f;
+        if (p.alibi_slopes && row.live)
+          slope = p.alibi_slopes[piece.b * p.alibi_shape.stride[0] + row.h];
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            float y = s[4 * j + 2 * hh + i] * p.scale;
+            if (p.softcap != 0.f) y = p.softcap * tanh_ex2(y * inv_cap);
+            s[4 * j + 2 * hh + i] = y - slope * fabsf((float)(8 * j + i - near));
+          }
+      }
+    }
+    if (masked) {
+#pragma unroll
+      for (int hh = 0; hh < 2; hh++) {
+        int from, to;
+        k.seen(a, row_of(a, piece.head, r0 + 8 * hh, rank).i, from, to);
+        from -= j0 + 2 * (lane & 3), to -= j0 + 2 * (lane & 3);
+#pragma unroll
+        for (int j = 0; j < kKeys / 8; j++)
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            if (8 * j + i < from || 8 * j + i >= to) s[4 * j + 2 * hh + i] = -infinity();
+      }
+    }
+    if (odd) {
+#pragma unroll
+      for (int w = 0; w < kKeys / 32; w++) {
+        const u32 dead = dead_keys(a, piece.b, k, j0 + 32 * w, true) >> (2 * (lane & 3));
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+          if (dead >> ((i / 4) * 8 + (i & 1)) & 1) s[16 * w + i] = -infinity();
+      }
+    }
+  }
+
+  // A bit for each of 32 keys that nobody may see.
+  static DI u32 dead_keys(const DecodeArgs& a, int b, const Keys& k, int j0, bool odd) {
+    const int j = j0 + (int)(threadIdx.x & 31);
+    bool dead = j < k.begin || j >= k.end;
+    if (odd && !dead) dead = !place(a.pages, b, j).good();
+    return __ballot_sync(~0u, dead);
+  }
+};
+
+// Puts the parts of a head together. A group of E / 4 threads goes through parts of one row; the
+// groups of a block work on rows of their own, or as a team on the parts of one.
+template <bool F16, int E, int N>
+__global__ void __launch_bounds__(128) combine_kernel(const __grid_constant__ DecodeArgs a) {
+  constexpr int kLanes = E / 4, kGroups = 128 / kLanes, kLoads = 8;
+  __shared__ float tops[kGroups], sums[kGroups];
+  __shared__ float4 outs[kGroups][kLanes];
+  const int x = threadIdx.x % kLanes, group = threadIdx.x / kLanes, team = a.team;
+  const int r = blockIdx.y * (kGroups / team) + group / team, rows = a.cluster * a.rows();
+  pdl_wait();
+  Joint joint;
+  if (a.splits) {
+    const int head = blockIdx.x, parts = min(a.splits, Keys(a, head / a.heads, N).tiles);
+    joint = {head, head * a.splits, head * a.splits + 1, parts};
+  } else {
+    joint = a.joints[blockIdx.x];
+  }
+  if (joint.parts < 2) return;
+  const int b = joint.head / a.heads;
+  const int rank = r / a.rows();
+  const Row row = row_of(a, joint.head - b * a.heads, r - rank * a.rows(), rank);
+  const int parts = row.live && r < rows ? joint.parts : 0;
+  float m = -infinity(), l = 0.f;
+  float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+  for (int i0 = group % team; i0 < parts; i0 += team * kLoads) {
+    float w[kLoads];
+    float4 y[kLoads];
+#pragma unroll
+    for (int u = 0; u < kLoads; u++) {
+      const int i = i0 + u * team;
+      const int64_t at = (int64_t)(i ? joint.next + i - 1 : joint.first) * rows + r;
+      w[u] = i < parts ? __ldcg(a.part_lse + at) : -infinity();
+      y[u] = i < parts ? __ldcg((const float4*)(a.part_out + at * E) + x)
+                       : make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+    float top = m;
+#pragma unroll
+    for (int u = 0; u < kLoads; u++) top = fmaxf(top, w[u]);
+    const float safe = top == -infinity() ? 0.f : top, f = ex2(m - safe);
+    m = top, l *= f;
+    acc.x *= f, acc.y *= f, acc.z *= f, acc.w *= f;
+#pragma unroll
+    for (int u = 0; u < kLoads; u++) {
+      const float e = ex2(w[u] - safe);
+      l += e;
+      acc.x += e * y[u].x, acc.y += e * y[u].y, acc.z += e * y[u].z, acc.w += e * y[u].w;
+    }
+  }
+  if (x == 0) tops[group] = m, sums[group] = l;
+  outs[group][x] = acc;
+  __syncthreads();
+  if (group % team || !row.live || r >= rows) return;
+  const float sunk = a.p.sinks ? sink(a, b, row.h) * kLog2E : -infinity();
+  float top = sunk;
+#pragma unroll 1
+  for (int i = group; i < group + team; i++) top = fmaxf(top, tops[i]);
+  const float safe = top == -infinity() ? 0.f : top;
+  l = ex2(sunk - safe), acc = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+  for (int i = group; i < group + team; i++) {
+    const float f = ex2(tops[i] - safe);
+    const float4 y = outs[i][x];
+    l += f * sums[i];
+    acc.x += f * y.x, acc.y += f * y.y, acc.z += f * y.z, acc.w += f * y.w;
+  }
+  const float inv = l > 0.f ? 1.f / l : l;  // a NaN stays one
+  const int64_t at = ((int64_t)b * a.p.s + row.i) * a.p.h + row.h;
+  if (4 * x < a.p.e)
+    ((uint2*)(a.out + at * (a.p.e / 2)))[x] =
+        make_uint2(pack<F16>(acc.x * inv, acc.y * inv), pack<F16>(acc.z * inv, acc.w * inv));
+  if (x == 0)
+    a.lse[((int64_t)b * a.p.h + row.h) * a.p.s + row.i] =
+        l == 0.f ? -infinity() : (safe + lg2(l)) * kLn2;
+}
+
+}  // namespace flashjax::sm90
