@@ -26,6 +26,7 @@ class Cell:
     packed: bool = False  # lengths by cu_seqlens
     page: int = 0  # page size of a paged cache; 0: contiguous
     deterministic: bool = False  # gradients with the same bits in every run
+    shared: bool = False  # the values are columns of the keys
 
     @property
     def id(self) -> str:
@@ -76,7 +77,8 @@ class Cell:
 
     def cache_bytes(self) -> int:
         """What decoding must read: every key and value once."""
-        return self.b * self.t * self.g * (self.d + self.e) * (4 if self.dtype == "float32" else 2)
+        width = self.d if self.shared else self.d + self.e
+        return self.b * self.t * self.g * width * (4 if self.dtype == "float32" else 2)
 
 
 def _square(mode, b, s, h, d, mask, g=None, e=None, **more):
@@ -136,11 +138,11 @@ SUITES: dict[str, list[Cell]] = {
         Cell("decode", 16, 1, 8192, 32, 32, 128, 128),
         *(Cell("decode", b, 4, t, 32, 8, 128, 128, "causal") for b, t in ((64, 16384), (16, 8192), (1, 32768))),
         *(Cell("decode", 64, 1, 16384, 32, 8, 128, 128, page=page) for page in (16, 64, 128, 256)),
-        Cell("decode", 4, 512, 16384, 32, 8, 128, 128, "causal"),  # chunked prefill
+        *(Cell("decode", 4, 512, 16384, 32, 8, 128, 128, "causal", page=page) for page in (0, 64)),  # chunked prefill
     ],
     "h200-mla": [
         *_train([(4, 4096, 16, 192, (None, 128))], ("causal",)),
-        Cell("decode", 32, 1, 8192, 128, 1, 576, 512),
+        Cell("decode", 32, 1, 8192, 128, 1, 576, 512, shared=True),
     ],
     "upstream-h200": _train([(4, 4096, 32, 64, ()), (4, 4096, 16, 128, ()), (4, 4096, 8, 256, ())]),
     "smoke": [

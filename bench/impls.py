@@ -161,17 +161,19 @@ class Flashjax(Jax):
     def decode(self, cell, **options):
         import jax.numpy as jnp
 
-        q, k, v = self.inputs(cell)
+        q, k, *v = self.inputs(cell, "q k" if cell.shared else "q k v")
         more = {"cache_seqlens": jnp.full((cell.b,), cell.t, jnp.int32)}
+        if cell.shared:
+            options |= {"value_dim": cell.e}
         if cell.page:
             pages = cell.t // cell.page
             table = np.random.default_rng(0).permutation(cell.b * pages).reshape(cell.b, pages)
             more["page_table"] = jnp.asarray(table.astype(np.int32))
-            k, v = (x.reshape(cell.b * pages, cell.page, *x.shape[2:]) for x in (k, v))
+            k, *v = (x.reshape(cell.b * pages, cell.page, *x.shape[2:]) for x in (k, *v))
         causal = cell.mask == "causal"
         return (
             lambda q, k, v, more: self.module.flash_mha_with_kvcache(q, k, v, is_causal=causal, **options, **more),
-            [q, k, v, more],
+            [q, k, v[0] if v else None, more],
         )
 
 

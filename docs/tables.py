@@ -52,7 +52,7 @@ def support() -> str:
 
     def contains(big, small):
         same = all(big[key] == small[key] for key in ("family", "direction", "dtype", "d", "e"))
-        same &= (big["variant"] == "kDecode") == (small["variant"] == "kDecode")
+        same &= all((big["variant"] == x) == (small["variant"] == x) for x in ("kDecode", "kLatent"))
         return same and big["set"] != small["set"] and big["set"] & small["set"] == small["set"]
 
     merged = {}
@@ -63,8 +63,10 @@ def support() -> str:
         dims = row["d"] if row["d"] == row["e"] else f"{row['d']}/{row['e']}"
         unit = f" (multiples of {row['unit']})" if int(row.get("unit", 1)) > 1 else ""
         lacks = [name for bit, name in enumerate(names) if not row["set"] >> bit & 1]
-        if row["variant"] == "kDecode":
-            lacks.append(f"more than {row['m']} queries of a key head")
+        if row["variant"] in ("kDecode", "kLatent"):
+            lacks.append(f"more than {row['m']} queries of a key head, but in pages")
+        if row["variant"] == "kLatent":
+            lacks.append("values that are no columns of the keys")
         missing = ", ".join(lacks) or "none"
         key = ("CUDA, " + arch, row["family"], row["direction"].lower(), unit, missing)
         found = merged.setdefault(key, ({}, {}))

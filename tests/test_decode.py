@@ -57,6 +57,10 @@ def _cases():
         t = page * -(-600 // page)
         yield case(f"page-{page}", "boxes of pages", t=t, page=page, lengths=(*RAGGED[:-1], t), s=2, causal=True)
     yield case("page-16-d64", "boxes of pages in tiles of 128", page=16, d=64)
+    for d in (64, 128, 256):
+        yield case(f"page-64-prefill-d{d}", "many queries against pages, some sequences shorter", s=130, page=64, d=d,
+                   causal=True)  # fmt: skip
+    yield case("page-16-prefill", "more queries than keys", s=700, page=16, h=2, g=1, causal=True, window=(200, 0))
     yield case("page-2-d64", "more boxes in a tile than lanes", page=2, d=64)
     yield case("window", "blocks before the window are not read", s=3, window=(70, 0))
     yield case("window-right", "a window that looks ahead", s=8, window=(130, 3))
@@ -109,23 +113,102 @@ def test_decode(case, implementation):
         oracle.same_bits(x, y, "a second call")
 
 
-@pytest.mark.parametrize("page", [0, 16])
-def test_latent_cache(page):
-    """Absorbed multi-head latent attention: one key head of 576, whose first 512 features are the values.
+def _latent_cases():
+    def case(name, reason, **options):
+        options = {"b": 10, "s": 1, "t": 512, "h": 128, "dtype": "bfloat16", "lengths": RAGGED} | options
+        return Case(f"latent-{name}", reason, layout="cached", g=1, d=576, e=512, scale=192**-0.5, **options)
 
-    Wider than any compiled kernel takes: the reference serves it.
-    """
-    case = Case("decode-latent", "", layout="cached", b=3, s=2, t=96, h=16, g=1, d=576, e=512, dtype="bfloat16",
-                lengths=(0, 33, 96), causal=True, page=page, scale=192**-0.5)  # fmt: skip
+    short = {"b": 3, "s": 2, "t": 96, "h": 16, "lengths": (0, 33, 96), "causal": True}
+    yield case("short", "few rows", **short)
+    yield case("short-page", "keys in pages", page=16, **short)
+    yield case("short-append", "new keys", new=2, **short | {"lengths": (0, 33, 94)})
+    if not ON_GPU:
+        return
+    yield case("128", "two blocks of 64 heads share the keys")
+    yield case("128-f16", "the other type", dtype="float16")
+    yield case("64", "one block", h=64)
+    yield case("21", "a block that is not full", h=21, s=4, causal=True)
+    yield case("odd", "an odd number of blocks", h=96, s=3, causal=True)
+    yield case("80", "blocks of heads that are not full", h=80, s=2)
+    yield case("long", "a head in all blocks at a time", b=1, t=20000, lengths=(19999,), s=2, causal=True)
+    yield case("many", "several heads to a cluster", b=200, t=300, lengths=(0, 5, 64, 129, 300) * 40, h=70)
+    for page in (1, 5, 16, 48, 64, 256):
+        t = page * -(-600 // page)
+        yield case(f"page-{page}", "boxes of pages", t=t, page=page, lengths=(*RAGGED[:-1], t), s=2, causal=True)
+    yield case("page-16-64", "boxes of one block", page=16, h=32, s=2)
+    yield case("window", "keys before the window are not read", s=3, window=(70, 0))
+    yield case("scores", "bent scores", softcap=5.0, alibi="h", s=2, causal=True, h=64)
+    yield case("sinks", "a term of the denominator", sinks="normal", s=2)
+    yield case("leftpad", "NaN before the first key", leftpad=(0, 1, 5, 63, 64, 65, 127, 100, 299, 7), causal=True)
+    yield case("batch-idx", "entries in any order", batch_idx=(3, 3, 0, 11, 10, 1, 2, 5, 4, 7), lengths=(512,) * 10)
+    yield case("large", "scores of a hundred: the reference moves", q_gain=40.0, s=2)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in _latent_cases()])
+def test_latent(case):
+    """Absorbed multi-head latent attention: one key head of 576, whose first 512 features are the values."""
+    inputs = case.build()
+    values = {f"v{x}": inputs.arrays[f"k{x}"][..., :512] for x in ("", "_cache") if f"k{x}" in inputs.arrays}
+    inputs = dataclasses.replace(inputs, arrays=inputs.arrays | values)
+    arrays = {name: x for name, x in inputs.arrays.items() if name not in values} | {"v_cache": None}
+    more = {"update_cache": True} if case.new else {}
+    call = functools.partial(
+        flashjax.flash_mha_with_kvcache, value_dim=512, return_softmax_lse=True, **more, **inputs.options
+    )
+    device = to_device(arrays)
+    if ON_GPU:
+        (support,) = flashjax.support(call, **device)
+        assert support.runs == "cuda", support
+    run = jax.jit(lambda arrays: call(**arrays))
+    out, lse, *caches = run(device)
+    check(case, inputs, [out, lse, *(x for cache in caches for x in (cache, cache[..., :512]))])
+    for x, y in zip((out, lse), run(device)[:2], strict=True):
+        oracle.same_bits(x, y, "a second call")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("num_splits", [1, 3, 1000])
+def test_latent_splits(num_splits):
+    case = next(case for case in _latent_cases() if case.id == "latent-odd")
+    case = dataclasses.replace(case, t=1500, lengths=(0, 1, 1500, 127, 128, 129, 700, 1000, 1280, 1281))
     inputs = case.build()
     inputs = dataclasses.replace(inputs, arrays=inputs.arrays | {"v_cache": inputs.arrays["k_cache"][..., :512]})
+    options = inputs.options | {"num_splits": num_splits, "return_softmax_lse": True, "value_dim": 512}
+    check(case, inputs, flashjax.flash_mha_with_kvcache(**to_device(inputs.arrays) | {"v_cache": None}, **options))
 
-    def call(arrays):
-        values = arrays["k_cache"][..., :512]
-        rest = arrays | inputs.options | {"v_cache": values, "return_softmax_lse": True}
-        return flashjax.flash_mha_with_kvcache(**rest)
 
-    check(case, inputs, jax.jit(call)(to_device(inputs.arrays)))
+@pytest.mark.cuda
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("h", [16, 128])
+def test_latent_bad_values(h):
+    """Pages that do not exist and lengths past the capacity, against the reference."""
+    case = next(case for case in _latent_cases() if case.id == "latent-page-16")
+    case = dataclasses.replace(case, h=h, lengths=(case.t,) * case.b)
+    inputs = case.build()
+    arrays = dict(inputs.arrays) | {"v_cache": None}
+    arrays["k_cache"] = np.random.default_rng(1).standard_normal(arrays["k_cache"].shape).astype(arrays["q"].dtype)
+    arrays["cache_seqlens"] = np.array([case.t, -1, case.t + 1, 2**31 - 1, -(2**31), *[case.t] * 5], np.int32)
+    table = arrays["page_table"] = arrays["page_table"].copy()
+    table[5:, ::3] = np.array([-1, 2**31 - 1, -(2**31), len(arrays["k_cache"]), 10**6])[:, None]
+    table[6] = -7
+    call = functools.partial(flashjax.flash_mha_with_kvcache, value_dim=512, return_softmax_lse=True, **inputs.options)
+    got, want = (call(**to_device(arrays), implementation=x) for x in ("cuda", "reference"))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=2e-2, atol=1e-2)
+
+
+def test_latent_values_are_not_copied():
+    """A cache of values of their own would be as large as that of the keys: where a kernel serves there is none."""
+    q, cache = (jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in ((2, 1, 16, 576), (2, 256, 1, 576)))
+    call = jax.jit(lambda q, cache: flashjax.flash_mha_with_kvcache(q, cache, None, value_dim=512))
+    if not ON_GPU:
+        with pytest.raises(ValueError, match="`value_dim` must be at most d = 576; got int 600"):
+            flashjax.flash_mha_with_kvcache(*(jnp.zeros(x.shape, x.dtype) for x in (q, cache)), None, value_dim=600)
+        with pytest.raises(ValueError, match="`v_cache` must be None where `value_dim` says"):
+            flashjax.flash_mha_with_kvcache(*(jnp.zeros(x.shape, x.dtype) for x in (q, cache, cache)), value_dim=512)
+        return
+    assert "bf16[2,256,1,512]" not in call.lower(q, cache).compile().as_text()
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 7, 1000])

@@ -450,7 +450,8 @@ def test_handlers_survive_wrong_calls(tmp_path):
 
     scalars = dict(scale=np.float32(1), softcap=np.float32(0), window_left=np.int64(-1), window_right=np.int64(-1),
         top_left=False, max_seqlen_q=np.int64(-1), max_seqlen_k=np.int64(-1), deterministic=False,
-        num_splits=np.int64(0), yields=False, dropout_keep=np.int64(256), upstream=False)
+        num_splits=np.int64(0), yields=False, dropout_keep=np.int64(256),
+        shared_e=np.int64(0), upstream=False)
     q, k = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 5, 2, 8))
     good = {"q": q, "k": k, "v": k}
     S = jax.ShapeDtypeStruct
@@ -480,6 +481,8 @@ def test_handlers_survive_wrong_calls(tmp_path):
     call("keys", good | {"v": k[:, :3]})
     call("heads", good | {"k": k[:, :, [0, 0, 0]], "v": k[:, :, [0, 0, 0]]})
     call("no heads", good | {"k": k[:, :, :0], "v": k[:, :, :0]})
+    call("values twice", scalars=scalars | {"shared_e": np.int64(8)})
+    call("values in the keys", {"q": q, "k": k}, scalars=scalars | {"shared_e": np.int64(8)})
     call("small out", results=[S((2, 3, 4, 7), jnp.float32), results[1]])
     call("small lse", results=[results[0], S((2, 4, 2), jnp.float32)])
     call("dtype of out", results=[S(q.shape, jnp.bfloat16), results[1]])

@@ -70,7 +70,7 @@ def test_options_of_the_api_have_cases():
     """Every parameter of the public functions is set by some case, but for what other tests try."""
     elsewhere = {"return_lse", "return_softmax_lse", "deterministic", "implementation", "update_cache"}
     elsewhere |= {"sequence_layout", "strategy", "axis_name"}  # test_ring.py
-    elsewhere |= {"sequence_layout", "strategy", "axis_name"}  # test_ring.py
+    elsewhere |= {"value_dim"}  # test_decode.py
     for layout, name in cases.FUNCTION.items():
         parameters = set(inspect.signature(getattr(flashjax, name)).parameters)
         used = set()

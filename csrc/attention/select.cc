@@ -53,6 +53,11 @@ bool runs_on(const char* built, int arch) {
   return false;
 }
 
+template <typename... Names>
+bool is_one_of(const char* x, Names... names) {
+  return ((std::strcmp(x, names) == 0) || ...);
+}
+
 enum RowIndex {
 #define KERNEL(id, ...) kRow_##id,
 #include "kernels.def"
@@ -90,6 +95,8 @@ Gap gap(const Kernel& k, const Facts& f, int arch) {
     g.add(4, "takes up to " + std::to_string(k.m) + " queries of a key head");
   if (arch && (arch < k.arch_min || arch > k.arch_max))
     g.add(2, "runs on " + sm(k.arch_min) + (k.arch_max == k.arch_min ? "" : " and later"));
+  if (k.shared != f.shared)
+    g.add(4, k.shared ? "takes values that are columns of the keys" : "takes values of their own");
   if (f.upstream && std::strcmp(k.family, "upstream") != 0) g.add(16, "is not FlashAttention-2's");
   if (!k.built || (arch && arch >= k.arch_min && arch <= k.arch_max && !runs_on(k.built, arch)))
     g.add(1,
@@ -118,14 +125,23 @@ KernelTable kernels() {
   static const Kernel table[] = {
 #define KERNEL(id, direction, family, arch_min, arch_max, dtype, d, e, unit, m, n, features, \
                variant, ci)                                                                  \
-  {#id,      Direction::direction,                                                           \
-   #family,  arch_min,                                                                       \
-   arch_max, DType::k##dtype,                                                                \
-   d,        e,                                                                              \
-   unit,     m,                                                                              \
-   n,        features,                                                                       \
-   #variant, std::strcmp(#variant, "kDecode") == 0,                                          \
-   ci != 0,  built_for(#id),                                                                 \
+  {#id,                                                                                      \
+   Direction::direction,                                                                     \
+   #family,                                                                                  \
+   arch_min,                                                                                 \
+   arch_max,                                                                                 \
+   DType::k##dtype,                                                                          \
+   d,                                                                                        \
+   e,                                                                                        \
+   unit,                                                                                     \
+   m,                                                                                        \
+   n,                                                                                        \
+   features,                                                                                 \
+   #variant,                                                                                 \
+   is_one_of(#variant, "kDecode", "kLatent"),                                                \
+   is_one_of(#variant, "kLatent"),                                                           \
+   ci != 0,                                                                                  \
+   built_for(#id),                                                                           \
    kRow_##id},
 #include "kernels.def"
 #undef KERNEL
@@ -135,7 +151,7 @@ KernelTable kernels() {
 
 Facts facts_of(Direction direction, const Problem& p) {
   Facts f{direction, p.dtype, p.d, p.e, 0};
-  f.upstream = p.upstream;
+  f.upstream = p.upstream, f.shared = p.shared_e > 0;
   auto add = [&](bool on, Feature x) { f.features |= on ? x : 0u; };
   add(p.window_left >= 0 || p.window_right >= 0, kWindow);
   add(p.softcap != 0, kSoftcap);
@@ -158,7 +174,10 @@ Facts facts_of(Direction direction, const Problem& p) {
   add(p.page_table && (p.leftpad || p.page % unit), kOddPages);
   add(!p.page_table && p.s > 64, kManyQueries);
   add(p.deterministic && direction == Direction::Backward, kDeterministic);
-  if (p.g > 0 && p.s <= 64 && p.t >= 4 * p.s) f.queries = p.s * (p.h / p.g);
+  if (p.g > 0 && p.s <= 64 && p.t >= 4 * p.s)
+    f.queries = p.s * (p.h / p.g);
+  else if (p.page_table)
+    f.queries = 0;
   return f;
 }
 

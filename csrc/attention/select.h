@@ -66,7 +66,8 @@ struct Kernel {
   int m, n;  // tile
   uint32_t features;
   const char* variant;
-  bool few;  // m is the most queries of a key head that it serves, all heads of a group together
+  bool few;     // m is the most queries of a key head that it serves, all heads of a group together
+  bool shared;  // it serves calls whose values are columns of the keys, and no others
   bool ci;
   const char* built;  // the archs that this build holds it for: "80,86,", "75+,"; null: none
   int index;          // its place in the table
@@ -79,9 +80,11 @@ struct Facts {
   int64_t d, e;
   uint32_t features;
   // Of a key head, where they are few against many keys: then reading the keys takes the time.
+  // 0: whatever they are, for what reads keys in pages well is made for few queries.
   int64_t queries = kMany;
   static constexpr int64_t kMany = INT64_MAX;
   bool upstream = false;  // asked for by name
+  bool shared = false;    // the values are columns of the keys
 };
 
 struct KernelTable {

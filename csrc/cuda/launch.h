@@ -22,6 +22,7 @@ enum class Variant {
   kSequences,  // windows, sequences of any length in the rows, segment ids
   kScores,     // these, and what changes scores: softcap, bias, alibi
   kDecode,     // few queries against many keys
+  kLatent,     // likewise, where the values are columns of the keys
   kSplit,      // few queries against many keys, or keys in pages
 };
 

@@ -55,6 +55,7 @@ ffi::Error run(Decode decode, Compute compute, ffi::ThreadPool pool, const ffi::
   try {
     Params params;
     FLASHJAX_RETURN_IF_ERROR(decode(args, rets, attrs, params));
+    if (params.shared_e > 0) return InvalidArgument("the CPU kernels take values of their own");
     if (std::string why = cpu::Check(params); !why.empty()) return InvalidArgument(why);
     XlaParallel parallel(pool);
     compute(params, parallel);

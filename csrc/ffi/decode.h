@@ -129,8 +129,14 @@ Broadcast<kRank> broadcast_of(ffi::Span<const int64_t> dims) {
 }
 
 inline ffi::Error decode_problem(const Call& call, const ffi::Dictionary& attrs, Problem& p) {
+  // Values that are columns of the keys do not come again.
+  auto shared_e = attrs.get<int64_t>("shared_e");
+  if (!shared_e.has_value()) return shared_e.error();
+  const bool shared = *shared_e > 0;
   for (Slot i : {k_q, k_k, k_v})
-    if (!call.slot[i]) return InvalidArgument(std::string("`") + kSlots[i].name + "` is missing");
+    if (!call.slot[i] && !(i == k_v && shared))
+      return InvalidArgument(std::string("`") + kSlots[i].name + "` is missing");
+  if (shared && call.slot[k_v]) return InvalidArgument("`v` comes twice");
   bool paged = call.slot[k_page_table].has_value();
   bool indirect = paged || call.slot[k_batch_idx].has_value();
 
@@ -159,8 +165,10 @@ inline ffi::Error decode_problem(const Call& call, const ffi::Dictionary& attrs,
     extents.set('n', 1);
   }
   p.b = extents('b'), p.s = extents('s'), p.h = extents('h'), p.g = extents('g');
-  p.d = extents('d'), p.e = extents('e'), p.c = extents('c'), p.n = extents('n', 1);
+  p.d = extents('d'), p.e = shared ? *shared_e : extents('e'), p.c = extents('c'),
+  p.n = extents('n', 1);
   p.t = extents('t');
+  if (p.e > p.d && shared) return InvalidArgument("`k` has fewer columns than the values");
   if (paged) p.p = extents('p'), p.page = p.t, p.t = p.p * p.page;
   if (!indirect && p.c != p.b) return InvalidArgument("`k` has another batch size than `q`");
   if (p.g == 0 ? p.h != 0 : p.h % p.g != 0)
@@ -171,7 +179,7 @@ inline ffi::Error decode_problem(const Call& call, const ffi::Dictionary& attrs,
   };
   auto f32 = [&](Slot i) { return static_cast<const float*>(data(i)); };
   auto s32 = [&](Slot i) { return static_cast<const int32_t*>(data(i)); };
-  p.q = data(k_q), p.k = data(k_k), p.v = data(k_v);
+  p.q = data(k_q), p.k = data(k_k), p.v = shared ? p.k : data(k_v);
   p.bias = data(k_bias), p.alibi_slopes = f32(k_alibi_slopes), p.sinks = f32(k_sinks);
   p.segment_ids_q = s32(k_segment_ids_q), p.segment_ids_k = s32(k_segment_ids_k);
   p.cu_seqlens_q = s32(k_cu_seqlens_q), p.cu_seqlens_k = s32(k_cu_seqlens_k);
@@ -255,7 +263,7 @@ inline ffi::Error decode_bwd(const ffi::RemainingArgs& args, const ffi::Remainin
   Call call;
   FLASHJAX_RETURN_IF_ERROR(decode_call(args, attrs, call));
   FLASHJAX_RETURN_IF_ERROR(decode_problem(call, attrs, p));
-  for (Slot i : {k_out, k_lse, k_dout, k_dlse})
+  for (Slot i : {k_v, k_out, k_lse, k_dout, k_dlse})
     if (!call.slot[i]) return InvalidArgument(std::string("`") + kSlots[i].name + "` is missing");
   p.out = call.slot[k_out]->untyped_data(), p.dout = call.slot[k_dout]->untyped_data();
   p.lse = call.slot[k_lse]->typed_data<float>(), p.dlse = call.slot[k_dlse]->typed_data<float>();

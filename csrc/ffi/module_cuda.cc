@@ -53,6 +53,7 @@ Facts facts(const std::string& direction, const std::string& dtype, const Shapes
     return shape.at(shape.size() - from_end);
   };
   p.d = extent("q", 1), p.e = extent("v", 1), p.s = extent("q", 3), p.t = extent("k", 3);
+  p.h = extent("q", 2), p.g = extent("k", 2);
   if (shapes.count("page_table")) p.p = extent("page_table", 1), p.page = p.t, p.t *= p.p;
   p.dtype = dtype == "bfloat16" ? DType::kBF16 : dtype == "float16" ? DType::kF16 : DType::kF32;
   auto set = [&](const char* name, auto*& pointer) {

@@ -238,6 +238,7 @@ def flash_mha_with_kvcache(
     num_splits=0,
     return_softmax_lse=False,
     *,
+    value_dim=None,
     rotary_interleaved=True,
     update_cache=False,
     softcap=0.0,
@@ -252,7 +253,7 @@ def flash_mha_with_kvcache(
     Args:
       q: queries (b, s, h, d).
       k_cache: keys (b, t, g, d); (c, t, g, d) with `cache_batch_idx`; (pages, page size, g, d) with `page_table`.
-      v_cache: values, likewise, of dimension e.
+      v_cache: values, likewise, of dimension e; None with `value_dim`.
       k: new keys (b, new, g, d), put into the cache at positions cache_seqlens, cache_seqlens + 1, ...
       v: new values (b, new, g, e).
       cache_seqlens: int or int32 (b,), how many keys the cache holds before the append, left padding included; its
@@ -265,6 +266,8 @@ def flash_mha_with_kvcache(
       rotary_sin: likewise.
       num_splits: into how many parts the keys are split; 0 lets the kernel choose.
       return_softmax_lse: also return the log-sum-exp, float32 (b, h, s).
+      value_dim: the values are the first so many features of the keys, as in absorbed latent attention: e. There is one
+        cache then, `k_cache`, and `v_cache` and `v` are None.
       rotary_interleaved: rotate features (0, 1), (2, 3), ...; else (0, r/2), (1, r/2 + 1), ...
       update_cache: also return the caches with the new keys and values. They are written in place where the caches
         are donated (or carried by a loop), on a copy otherwise; the arrays that you passed never change.
@@ -273,7 +276,8 @@ def flash_mha_with_kvcache(
         `flash_mha`, over the cache_seqlens + new keys.
 
     Returns:
-      out (b, s, h, e), followed by lse if `return_softmax_lse`, followed by k_cache and v_cache if `update_cache`.
+      out (b, s, h, e), followed by lse if `return_softmax_lse`, followed by k_cache and v_cache if `update_cache`; with
+      `value_dim` there is no v_cache.
 
     Example:
       >>> import jax, jax.numpy as jnp, flashjax
@@ -291,9 +295,16 @@ def flash_mha_with_kvcache(
     indirect = cache_batch_idx is not None or page_table is not None
     cache_dims = "c t" if indirect else "b t"
     names = ("q", "k_cache", "v_cache")
+    shared_e = 0 if value_dim is None else check.static_int("value_dim", value_dim, at_least=1)
+    if shared_e:
+        for name, x in (("v_cache", v_cache), ("v", v)):
+            if x is not None:
+                check.fail(name, "None where `value_dim` says that the values are features of the keys", x)
     q, k_cache, v_cache = check.operands(
-        q, k_cache, v_cache, "b s h d", f"{cache_dims} g d", f"{cache_dims} g e", names
+        q, k_cache, k_cache if shared_e else v_cache, "b s h d", f"{cache_dims} g d", f"{cache_dims} g e", names
     )
+    if shared_e > q.shape[-1]:
+        check.fail("value_dim", f"at most d = {q.shape[-1]}", value_dim)
     b = q.shape[0]
     if page_table is not None:
         page_table = check.integers("page_table", page_table, "b p")
@@ -305,11 +316,11 @@ def flash_mha_with_kvcache(
     if cache_leftpad is not None:
         cache_leftpad = check.integers("cache_leftpad", cache_leftpad, "b")
 
-    if (k is None) != (v is None):
+    if not shared_e and (k is None) != (v is None):
         check.fail("v" if v is None else "k", "given together with the other", None)
     if k is not None:
         k = check.array("k", k, "b new g d", (q.dtype.name,))
-        v = check.array("v", v, "b new g e", (q.dtype.name,))
+        v = None if shared_e else check.array("v", v, "b new g e", (q.dtype.name,))
         if cache_seqlens is None:
             check.fail("cache_seqlens", "given with `k`: it says where the new keys go", None)
         if k.shape[1] > capacity:
@@ -333,6 +344,8 @@ def flash_mha_with_kvcache(
         check.fail(missing, "given together with the other", None)
     rotary_interleaved = check.static_bool("rotary_interleaved", rotary_interleaved)
     if rotary_cos is not None:
+        if shared_e:
+            check.fail("rotary_cos", "absent with `value_dim`: it would rotate the values", rotary_cos)
         if k is None:
             check.fail("rotary_cos", "absent without new keys `k`: there is nothing to rotate them against", rotary_cos)
         rotary_cos = check.array("rotary_cos", rotary_cos, "positions half", _FLOATS)
@@ -350,6 +363,7 @@ def flash_mha_with_kvcache(
         causal_alignment,
         implementation,
         num_splits=check.static_int("num_splits", num_splits),
+        shared_e=shared_e,
     )
     out, lse, k_cache, v_cache = _cached_attention(
         drop_absent({"k": k, "v": v, "cos": rotary_cos, "sin": rotary_sin}),
@@ -357,7 +371,7 @@ def flash_mha_with_kvcache(
             {
                 "q": q,
                 "k": k_cache,
-                "v": v_cache,
+                "v": None if shared_e else v_cache,
                 "bias": None if bias is None else bias[:, None],
                 "alibi_slopes": check.per_head("alibi_slopes", alibi_slopes, batched=True),
                 "sinks": check.per_head("sinks", sinks, batched=False),
@@ -372,7 +386,7 @@ def flash_mha_with_kvcache(
         update_cache=check.static_bool("update_cache", update_cache),
     )
     lse = (lse,) if check.static_bool("return_softmax_lse", return_softmax_lse) else ()
-    caches = (k_cache, v_cache) if update_cache else ()
+    caches = tuple(x for x in (k_cache, v_cache) if x is not None) if update_cache else ()
     return (out, *lse, *caches) if lse or caches else out
 
 
@@ -397,11 +411,11 @@ def _cached_attention(new, arrays, attrs, rotary_interleaved, update_cache):
                 "q": rotate(arrays["q"], at=at_q if ordered else jnp.broadcast_to(at_q[:, :1], at_q.shape))
             }
         where = {name: arrays[name] for name in ("batch_idx", "page_table") if name in arrays}
-        arrays = arrays | {
-            "k": _cache.append(arrays["k"], new["k"], at, **where),
-            "v": _cache.append(arrays["v"], new["v"], at, **where),
-            "seqused_k": jnp.where(fits, seqlens + new["k"].shape[1], seqlens)[:, None],
-        }
+        appended = {x: _cache.append(arrays[x], new[x], at, **where) for x in ("k", "v") if x in new}
+        seqlens = jnp.where(fits, seqlens + new["k"].shape[1], seqlens)
+        arrays = arrays | appended | {"seqused_k": seqlens[:, None]}
+    caches = (arrays["k"], arrays.get("v")) if update_cache else (None, None)
+    if attrs.shared_e:
+        arrays = arrays | {"v": arrays["k"][..., : attrs.shared_e]}
     out, lse = _derivatives.attention(arrays, attrs)
-    caches = (arrays["k"], arrays["v"]) if update_cache else (None, None)
     return out, lse, *caches

@@ -41,10 +41,14 @@ def backward(arrays: Arrays, attrs: Attrs, wanted: tuple[str, ...], implementati
 
 
 def _call(target, results, arrays, attrs, wanted, implementation):
-    names = in_order(arrays)
+    direction = "backward" if target == "flashjax_bwd" else "forward"
+    if not _support.values_stay_in_keys(implementation, direction, arrays, attrs):
+        attrs = dataclasses.replace(attrs, shared_e=0)
     scratch = workspace_bytes(target, arrays, attrs) if _support.PLATFORM[implementation] == "cuda" else 0
     if scratch:
         results = [*results, jax.ShapeDtypeStruct((scratch,), jnp.uint8)]
+    # Values that are columns of the keys are not sent, so that nobody makes an array of them.
+    names = [name for name in in_order(arrays) if not (name == "v" and attrs.shared_e)]
     # Attributes are cached by equality, where 1 == 1.0 == True: each must always come with the same type.
     scalars = {
         field.name: _CAST[field.type](getattr(attrs, field.name))
@@ -70,6 +74,8 @@ def _own_bytes(target, arrays, attrs):
     """For our own kernels."""
     b, s, h, d = arrays["q"].shape
     widest = max(d, arrays["v"].shape[-1])
+    if attrs.shared_e:
+        return _partial_results_bytes(arrays, attrs)
     if arrays["q"].dtype == jnp.float32 or widest > 256:
         return 0
     packed = [arrays[name].shape[-1] - 1 for name in ("cu_seqlens_q", "cu_seqlens_k") if name in arrays]
@@ -90,22 +96,24 @@ def _own_bytes(target, arrays, attrs):
 def _partial_results_bytes(arrays: Arrays, attrs: Attrs) -> int:
     """For few queries against many keys, which are split: launch_blocks in csrc/cuda/sm90/decode.cuh."""
     (b, s, h, d), (_, t, g, e) = arrays["q"].shape, arrays["v"].shape
-    if "page_table" in arrays:
-        t *= arrays["page_table"].shape[1]
-    known = isinstance(s, int)
-    few = s if known else min(64, 512 * g // h)  # what s can be at most
-    if not b * s * h or not 0 < few <= 64 or few * (h // g) > 512 or (known and isinstance(t, int) and t < 4 * s):
+    shared, paged, known = bool(attrs.shared_e), "page_table" in arrays, isinstance(s, int)
+    t *= arrays["page_table"].shape[1] if paged else 1
+    ratio = h // g if g else 0
+    most = s if known else 64 if paged or not ratio else min(64, 512 // ratio)  # what s can be at most, if few
+    few = 0 < most <= 64 and (shared or most * ratio <= 512) and not (known and isinstance(t, int) and t < 4 * s)
+    if not b * s * h or not (few or paged):
         return 0
-    block = 64 if few * (h // g) <= 64 else 128
-    heads = min(h // g, block)
-    queries = min(few, block // heads)
-    blocks = b * g * -(-(h // g) // heads) * -(-few // queries)
-    width = next(x for x in (64, 128, 256) if max(d, e) <= x)
-    slot = 4 * heads * queries * (width + 1)
-    tiles = -(-t // 64)
+    block = 64 if shared or most * ratio <= 64 else 128
+    cluster = 2 if shared and most * ratio > 64 else 1
+    heads = min(ratio, block)
+    queries = min(most, block // heads)
+    blocks = b * g * -(-(-(-ratio // heads) * -(-(s if paged else most) // queries)) // cluster)
+    width = 512 if shared else next(x for x in (64, 128, 256) if max(d, e) <= x)
+    slot = 4 * cluster * heads * queries * (width + 1)
+    tiles = max_dim(-(-t // 64), 1)
     if attrs.num_splits > 0:
         return 16 + blocks * min_dim(attrs.num_splits, tiles) * slot
-    ctas = 144 * (2 if block == 64 and width < 256 else 1)  # as many as any such GPU runs at a time
+    ctas = 144 * (2 if block == 64 and width < 256 else 1) // cluster  # as many as any such GPU runs at a time
     return 16 + min_dim(ctas, blocks * tiles) * (16 + 2 * slot)
 
 

@@ -38,8 +38,23 @@ def why_not(implementation: str, direction: str, arrays, attrs: Attrs, platform:
         if direction == "backward" and ("page_table" in arrays or "batch_idx" in arrays):
             return "no backward kernel reads through a page table"
         return None
+    reason = _why_no_kernel(implementation, direction, arrays, attrs, 0)
+    return None if values_stay_in_keys(implementation, direction, arrays, attrs) else reason
+
+
+def values_stay_in_keys(implementation: str, direction: str, arrays, attrs: Attrs) -> bool:
+    """No kernel takes the values of a call as an array, but one takes them as what they are, columns of the keys."""
+    if not attrs.shared_e or implementation != "cuda" or not _why_no_kernel("cuda", direction, arrays, attrs, 0):
+        return False
+    return not _why_no_kernel("cuda", direction, arrays, attrs, attrs.shared_e)
+
+
+def _why_no_kernel(implementation, direction, arrays, attrs, shared_e):
+    """Of the CUDA module, for any GPU."""
+    module = extension("cuda")
+    assert module is not None
     shapes = {name: _sizes(x.shape) for name, x in arrays.items()}
-    asked = dataclasses.asdict(attrs) | {"upstream": implementation == "upstream"}
+    asked = dataclasses.asdict(attrs) | {"upstream": implementation == "upstream", "shared_e": shared_e}
     return module.why_not(direction, arrays["q"].dtype.name, shapes, asked) or None
 
 

@@ -73,6 +73,11 @@ void columns() {
   CHECK(says({fwd, f32, 0, 64, 0}, 90, "d = 0"));
   CHECK(says({fwd, f32, 64, 64, 0}, 70, "sm_70"));
   CHECK(says({bwd, f32, 64, 64, kPaged}, 90, "page_table"));
+  Facts latent{fwd, bf16, 576, 512, kUnequalDims | kSeqused, 128};
+  CHECK(says(latent, 90, "d = 576"));
+  latent.shared = true;
+  CHECK(picks(latent, 90, "sm90_latent_bf16"));
+  CHECK(says(latent, 80, "sm_90"));
 }
 
 // The first row that can, whatever is asked.
@@ -88,14 +93,14 @@ void first_of_table() {
     const int archs[] = {0, 70, 75, 80, 90, 100, 120};
     const int arch = archs[random.integer(0, 6)];
     if (random.chance(0.5)) f.queries = random.integer(1, 1000);
-    f.upstream = random.chance(0.2);
+    f.upstream = random.chance(0.2), f.shared = random.chance(0.1);
     const Kernel* first = nullptr;
     for (const Kernel& k : kernels()) {
       bool dims = f.d >= 1 && f.e >= 1 && f.d <= k.d && f.e <= k.e && f.d % k.unit == 0 &&
                   f.e % k.unit == 0;
       bool here = arch == 0 || (arch >= k.arch_min && arch <= k.arch_max);
       bool serves = k.direction == f.direction && k.dtype == f.dtype && dims && here && k.built &&
-                    (!f.upstream || !std::strcmp(k.family, "upstream")) &&
+                    f.shared == k.shared && (!f.upstream || !std::strcmp(k.family, "upstream")) &&
                     (f.features & ~k.features) == 0 && (!k.few || f.queries <= k.m);
       if (serves && !first) first = &k;
     }
@@ -126,6 +131,10 @@ void facts() {
   CHECK(queries(65, 512, 2, 2) == Facts::kMany);
   CHECK(queries(2, 7, 2, 2) == Facts::kMany);
   CHECK(queries(1, 8, 0, 0) == Facts::kMany);
+  p.page_table = &ids;
+  CHECK(queries(65, 512, 2, 2) == 0);
+  CHECK(queries(64, 256, 2, 2) == 64);
+  p.page_table = nullptr;
   p.s = p.t = 16;
   CHECK(features([](Problem&) {}) == 0);
   CHECK(features([](Problem& x) { x.scale = 0; }) == kScale);

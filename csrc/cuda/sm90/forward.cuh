@@ -74,7 +74,7 @@ cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStre
 
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_forward(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
-  if constexpr (kVariant == cuda::Variant::kDecode) {
+  if constexpr (kVariant == cuda::Variant::kDecode || kVariant == cuda::Variant::kLatent) {
     return launch_decode<kType, D, N>(p, device, stream);
   } else {
     // Of wide key tiles the last may be mostly empty, which a few of them do not make up for.
