@@ -123,14 +123,18 @@ struct Forward {
         mb_init(x.v_full + 8 * i, 1), mb_init(x.v_empty + 8 * i, kGroups);
       }
       for (int i = 0; i < 2; i++)
-        mb_init(x.t_full + 8 * i, 1), mb_init(x.t_empty + 8 * i, 4 * kGroups);
+        mb_init(x.t_full + 8 * i, 1), mb_init(x.t_empty + 8 * i, 4 * kGroups + kSpan);
       mb_init_fence();
       fence_async();
     }
+    if constexpr (kSpan) pdl_wait();  // for the plan
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
-      if (threadIdx.x == 0) produce(mq, mk, mv, a, x);
+      if (threadIdx.x == 0)
+        produce(mq, mk, mv, a, x);
+      else if (kSpan && threadIdx.x / 32 == 1)
+        publish(a, x);
     } else {
       reg_inc<kConsumerRegs>();
       consume(mo, a, wg - 1, x);
@@ -142,7 +146,6 @@ struct Forward {
     prefetch_map(&mq), prefetch_map(&mk), prefetch_map(&mv);
     int it = 0, w = 0, round = 0;
     int t = blockIdx.x;
-    const int spans = kSpan ? *a.count : 0, tiles = kSpan ? spans * a.p.h : a.tiles;
     auto load_k = [&](int i, int row, int h, int box) {
       int st = i % kStages;
       mb_wait(x.k_empty + 8 * st, ((i / kStages) & 1) ^ 1);
@@ -165,22 +168,25 @@ struct Forward {
     while (true) {
       int next = t + gridDim.x;
       const int slot = round & 1;
-      if constexpr (kDyn) {  // publish this tile, draw the next ticket early
+      if constexpr (kSpan) {
+        mb_wait(x.t_full + 8 * slot, (round++ >> 1) & 1);
+        if (Tile<true>(x.tickets + kSlot * slot).head(a.p) < 0) break;
+      } else if constexpr (kDyn) {  // publish this tile, draw the next ticket early
         mb_wait(x.t_empty + 8 * slot, ((round >> 1) & 1) ^ 1);
-        if constexpr (kSpan)
-          publish(a, x.tickets + kSlot * slot, t, tiles, spans);
-        else
-          store_int(x.tickets + kSlot * slot, t);
+        store_int(x.tickets + kSlot * slot, t);
         mb_arrive(x.t_full + 8 * slot);
         round++;
-        if (t >= tiles) break;
+        if (t >= a.tiles) break;
         if (a.ticket) next = gridDim.x + atomicAdd(a.ticket, 1);
-      } else if (t >= tiles) {
+      } else if (t >= a.tiles) {
         break;
       }
       const Tile<true> tile = tile_of<true>(a, x.tickets, slot, t);
       const Blocks n = tile.blocks(a.p);
-      const int hk = tile.head(a.p) / a.ratio, k0 = tile.k_row(a.p, 0), box = tile.k_box(a.p);
+      const int h = tile.head(a.p), hk = h / a.ratio, k0 = tile.k_row(a.p, 0),
+                box = tile.k_box(a.p);
+      const int q0 = tile.q_row(a.p, tile.first(a.p)), q_box = tile.q_box(a.p);
+      if (kSpan) mb_arrive(x.t_empty + 8 * slot);
       t = next;
       if (n.begin >= n.end) continue;
       load_k(it, k0 + (n.end - 1) * N, hk, box);
@@ -189,8 +195,7 @@ struct Forward {
       mb_expect(x.q_full, kQBytes);
 #pragma unroll
       for (int c = 0; c < D / 64; c++)
-        tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, tile.q_row(a.p, tile.first(a.p)),
-                 tile.head(a.p), tile.q_box(a.p), kEvictFirst);
+        tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, q0, h, q_box, kEvictFirst);
 #pragma unroll 1
       for (int j = n.end - 2; j >= n.begin; j--, it++) {
         load_k(it + 1, k0 + j * N, hk, box);
@@ -208,25 +213,37 @@ struct Forward {
       return Tile<kOneThread>(a, t);
   }
 
-  // The Span of tile t, with its head, to shared memory. Sections of heads, as with rows of one
-  // length, go through all spans.
-  static DI void publish(const ForwardArgs& a, u32 to, int t, int tiles, int spans) {
-    if (t >= tiles) {
-      store_int(to + __builtin_offsetof(Span, head), -1);
-      return;
-    }
-    const int per = a.group * spans, section = t / per, r = t - section * per;
-    const int g = min(a.group, a.p.h - section * a.group), n = r / g;
-    const int4* from = (const int4*)(a.spans + n);
+  // Draws the tiles of sequences, and puts the Span of each, with its head and its blocks, to shared
+  // memory while the one before is worked on. Sections of heads, as with rows of one length, go
+  // through all spans. By a warp.
+  static DI void publish(const ForwardArgs& a, const Layout& x) {
+    const int lane = threadIdx.x & 31;
+    const int spans = *a.count, tiles = spans * a.p.h, per = a.group * spans;
+    int t = blockIdx.x;
 #pragma unroll 1
-    for (int i = 0; i < 4; i++) store_int4(to + 16 * i, from[i]);
-    store_int(to + __builtin_offsetof(Span, head), section * a.group + r - n * g);
-    const Tile<true> x(to);
-    const int i0 = x.first(a.p);
-    Blocks y = key_blocks<N>(a.p, x.diagonal(a.p), i0, min(i0 + M, x.q_len(a.p)), x.begin(a.p),
-                             x.end(a.p));
-    if (x.compare(a.p)) y.clear_end = 0;
-    store_int4(to + sizeof(Span), make_int4(y.begin, y.end, y.clear_begin, y.clear_end));
+    for (int round = 0;; round++) {
+      const int section = t / per, r = t - section * per, g = min(a.group, a.p.h - section * a.group);
+      const int n = r / g, slot = round & 1;
+      const u32 to = x.tickets + kSlot * slot;
+      const bool end = t >= tiles;
+      const int word = end ? 0 : ((const int*)(a.spans + n))[lane & 15];
+      mb_wait(x.t_empty + 8 * slot, ((round >> 1) & 1) ^ 1);
+      if (lane < 16) store_int(to + 4 * lane, word);
+      __syncwarp();
+      if (lane == 0) {
+        store_int(to + __builtin_offsetof(Span, head), end ? -1 : section * a.group + r - n * g);
+        const Tile<true> y(to);
+        const int i0 = y.first(a.p);
+        Blocks z = key_blocks<N>(a.p, y.diagonal(a.p), i0, min(i0 + M, y.q_len(a.p)), y.begin(a.p),
+                                 y.end(a.p));
+        if (y.compare(a.p)) z.clear_end = 0;
+        store_int4(to + sizeof(Span), make_int4(z.begin, z.end, z.clear_begin, z.clear_end));
+        mb_arrive(x.t_full + 8 * slot);
+        if (!end) t = gridDim.x + atomicAdd(a.ticket, 1);
+      }
+      if (end) break;
+      t = __shfl_sync(~0u, t, 0);
+    }
   }
 
   // Maximum of row hh of S. With fast, a three-input integer maximum, half the instructions: float

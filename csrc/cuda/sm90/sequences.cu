@@ -111,6 +111,8 @@ __global__ void __launch_bounds__(kThreads) plan(const __grid_constant__ PlanArg
   const List& a = all.list[blockIdx.x];
   const int slots = static_cast<int>(p.n) + 1, count = static_cast<int>(p.b) * slots;
   Run* runs = 2 * count <= kNear ? near : a.runs;
+  pdl_wait();
+  pdl_launch();
   auto most = [](int x, int y) { return max(x, y); };
   auto sum = [](int x, int y) { return x + y; };
   auto up = [&](int x) { return (x + a.size - 1) / a.size; };
@@ -163,6 +165,7 @@ __global__ void __launch_bounds__(256) narrow(const __grid_constant__ PlanArgs a
   __shared__ int least, greatest, first, last, found;
   const flashjax::Problem& p = all.p;
   const List& a = all.list[0];
+  pdl_wait();
   if (static_cast<int>(blockIdx.x) >= *a.count) return;
   Span& span = a.spans[blockIdx.x];
   if (span.n < 0) return;
@@ -232,10 +235,11 @@ cudaError_t plan_sequences(const flashjax::Problem& p, const PlanShape* shapes, 
     plans[i] = {y.spans, y.count, y.ticket};
     at += plan_bytes(p, x);
   }
-  plan<<<count, kThreads, 0, stream>>>(a);
-  if (p.segment_ids_q)
-    narrow<<<static_cast<unsigned>(plan_tiles(p, shapes[0])), 256, 0, stream>>>(a);
-  return cudaGetLastError();
+  cudaError_t error = launch_behind(plan, dim3(count), kThreads, 0, stream, a);
+  if (p.segment_ids_q && error == cudaSuccess)
+    error = launch_behind(narrow, dim3(static_cast<unsigned>(plan_tiles(p, shapes[0]))), 256, 0,
+                          stream, a);
+  return error;
 }
 
 }  // namespace flashjax::sm90
