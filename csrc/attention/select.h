@@ -40,7 +40,7 @@ inline constexpr uint32_t kInPlace =
 inline constexpr uint32_t kAllKeys = kSinks | kUnequalDims | kManyQueries;  // every key is seen
 inline constexpr uint32_t kDense = kAllKeys | kWindow | kDeterministic;     // rows of equal length
 inline constexpr uint32_t kInRows =
-    kAllKeys | kWindow | kSegments | kPacked | kSeqused | kShift;  // sequences of any length
+    kDense | kSegments | kPacked | kSeqused | kShift;  // sequences of any length
 inline constexpr uint32_t kInRowsScores =
     kInRows | kSoftcap | kBias | kAlibi | kAlibiMoved | kScale;
 inline constexpr uint32_t kCached = kWindow | kSoftcap | kAlibi | kSinks | kSeqused | kBatchIdx |

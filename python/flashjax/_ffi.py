@@ -89,7 +89,7 @@ def _own_bytes(target, arrays, attrs):
     width = next(x for x in (64, 128, 256) if widest <= x)
     rows = -(-s // 128) * 128 + 128 * n * bool(packed)  # each sequence begins a tile
     statistics = 4 * b * h * rows * (width + 2)  # dq in float32, and two numbers of each query
-    counters = b * h * rows // 8 + 16  # 8 bytes for 64 queries
+    counters = (8 * h + 4) * b * (rows // 64) + 16  # of each 64 queries
     return -(-(statistics + counters) // 256) * 256 + plan(arrays["k"].shape[1], 64) + plan(s, 64)
 
 

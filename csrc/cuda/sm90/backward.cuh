@@ -50,14 +50,20 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
           : 2;
   const int64_t chunk =
       (int64_t{32} << 20) / (16 * D * std::max<int64_t>(near * p.h / std::max<int64_t>(p.g, 1), 1));
-  const PlanShape shapes[2] = {{false, N, chunk, M}, {true, M, p.t + 1, M}};
+  // Queries in the order in which they are done. Deterministic, the key tiles of a sequence come
+  // one after the other.
+  const Order order = !p.deterministic      ? Order::kMostFirst
+                      : p.window_right >= 0 ? Order::kBackwards
+                                            : Order::kForwards;
+  PlanShape shapes[2] = {{false, N, chunk, order, M}, {true, M, chunk, Order::kMostLast, M}};
   const int64_t query_tiles = kSpan ? plan_tiles(p, shapes[1]) : (p.s + M - 1) / M;
   const int64_t blocks = (kSpan ? plan_tiles(p, shapes[0]) : nblocks * p.b) * p.g;
   if (heads == 0) return cudaSuccess;
   if (blocks > INT32_MAX || query_tiles > INT32_MAX || heads * rows > INT32_MAX || p.s >= 1 << 29 ||
       p.t >= 1 << 27 || p.h > 65535 || p.b > 65535)
     return cudaErrorInvalidConfiguration;
-  const int64_t used = (heads * rows * (D + 2) * 4 + heads * rows / 8 + 16 + 255) / 256 * 256;
+  const int64_t counters = (heads * 8 + p.b * 4) * (rows / 64) + 16;
+  const int64_t used = (heads * rows * (D + 2) * 4 + counters + 255) / 256 * 256;
   const int64_t plans = kSpan ? plan_bytes(p, shapes[0]) + plan_bytes(p, shapes[1]) : 0;
   if (p.workspace_bytes < used + plans) return cudaErrorInvalidValue;
 
@@ -74,7 +80,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   if (a.p.left >= 0 || a.p.right >= 0) {  // else all CTAs go through one head in step
     a.group = static_cast<int>(std::min(near, kSpan ? p.g : p.g * p.b));
   } else {
-    a.stagger = K::kPersistent && !p.deterministic;
+    a.stagger = K::kCounts && !p.deterministic;
   }
   a.deterministic = p.deterministic, a.reverse = p.deterministic && a.p.right >= 0;
   // A query may see nothing if its window lies before the first key or after the last, or if scores
@@ -92,21 +98,23 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   const unsigned h = static_cast<unsigned>(p.h), b = static_cast<unsigned>(p.b);
   if constexpr (kSpan) {
     Plan plan[2];
+    shapes[0].changes = ticket + 4, shapes[0].rows = rows;
     check(plan_sequences(p, shapes, 2, static_cast<char*>(p.workspace) + used, plan, stream));
-    a.keys = plan[0].spans, a.key_tiles = plan[0].count;
+    a.keys = plan[0].spans, a.key_tiles = plan[0].count, a.ticket = plan[0].ticket;
     a.queries = plan[1].spans, a.query_tiles = plan[1].count;
-    // Where offsets fall, keys may meet queries that an earlier sequence has, so that no tile of
-    // this one gives them statistics: 0x7f7f7f7f, a log-sum-exp that leaves every P 0.
-    if (p.n > 1 && p.cu_seqlens_q != p.cu_seqlens_k)
-      check(cudaMemsetAsync(lse2, 0x7f, static_cast<size_t>(heads * rows * 8), stream));
+    a.changes = shapes[0].changes;
   }
   const unsigned tiles = static_cast<unsigned>(query_tiles);
   // Even without queries: the kernel counts from what this writes.
   const dim3 statistics = kSpan
                               ? dim3(tiles, h, M / 64)
                               : dim3(static_cast<unsigned>(std::max<int64_t>(rows / 64, 1)), h, b);
-  backward_statistics<K, kF16, D><<<statistics, 256, 0, stream>>>(pass, a);
-  check(cudaGetLastError());
+  if (kSpan) {
+    check(launch_behind(backward_statistics<K, kF16, D>, statistics, 256, 0, stream, pass, a));
+  } else {
+    backward_statistics<K, kF16, D><<<statistics, 256, 0, stream>>>(pass, a);
+    check(cudaGetLastError());
+  }
   if (blocks > 0 && p.t > 0) {
     TMap q, k, v, dout, dk, dv;
     const void* any = p.s ? p.q : p.k;  // a map needs an address, even of an array without rows
@@ -119,13 +127,12 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     map(dk, p.dk, p.t, p.g, p.d, K::kStoreRows), map(dv, p.dv, p.t, p.g, p.e, K::kStoreRows);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem));
     if (error != cudaSuccess) return error;
-    const int64_t grid =
-        K::kPersistent && !p.yields ? std::min<int64_t>(blocks, device.sms) : blocks;
+    const int64_t grid = K::kStays && !p.yields ? std::min<int64_t>(blocks, device.sms) : blocks;
     kernel<<<static_cast<unsigned>(grid), K::kThreads, K::kSmem, stream>>>(q, k, v, dout, dk, dv,
                                                                            a);
     check(cudaGetLastError());
   }
-  if ((!K::kPersistent || p.yields) && p.s > 0) {
+  if ((!K::kStays || p.yields) && p.s > 0) {
     backward_convert<K, kF16, D><<<dim3(tiles, h, kSpan ? 1 : b), 256, 0, stream>>>(a);
     check(cudaGetLastError());
   }

@@ -25,6 +25,8 @@ struct BackwardArgs {
   int d;
   const Span *keys, *queries;          // of sequences: tiles of N keys, in order, and of M queries
   const int *key_tiles, *query_tiles;  // how many
+  const int* changes;  // likewise, [b, rows / 64]: by how much visits of a tile of queries differ
+                       // from those of the tile before it in its sequence
 };
 
 // The key blocks that add to a tile of dQ: how many there are, have begun, and are done. Whoever
@@ -57,8 +59,8 @@ struct KeyTile : Rows<kSpan> {
   DI bool masked(int m) const {
     if constexpr (!kSpan) return blocks.masked(m);
     Blocks x;
-    x.clear_begin = this->load(this->span + sizeof(Span));
-    x.clear_end = this->load(this->span + sizeof(Span) + 4);
+    x.clear_begin = this->load(this->span + sizeof(Span) + 8);
+    x.clear_end = this->load(this->span + sizeof(Span) + 12);
     return x.masked(m);
   }
   DI u32 steps() const { return heads * (blocks.end - blocks.begin); }
@@ -81,68 +83,121 @@ struct Walk {
 // The queries that see some keys of block n, in rows of one length.
 template <class K>
 DI Blocks queries_of(const BackwardArgs& a, int n) {
-  return query_blocks<K::kM, true>(a.p, a.p.diagonal, n * K::kN, min(n * K::kN + K::kN, a.p.t), 0,
-                                   a.p.s, a.p.s);
+  return query_blocks(a.p, K::kM, true, a.p.diagonal, n * K::kN, min(n * K::kN + K::kN, a.p.t), 0,
+                      a.p.s, a.p.s);
 }
 
 // Key blocks of a head are taken in the order of their ranks. The key block of a rank, or the rank
 // of one.
 DI int ranked(const BackwardArgs& a, int n) { return a.reverse ? a.nblocks - 1 - n : n; }
 
-// Sections of `group` key heads; ranks outermost inside one, so that under a causal mask the
-// longest go first, if not reversed. A Span goes to shared memory, to `span`: by all threads,
-// before a barrier.
-template <class K>
-DI KeyTile<K::kSpan> key_tile(const BackwardArgs& a, int i, u32 span = 0) {
-  constexpr bool kSpan = K::kSpan;
-  const Problem& p = a.p;
-  const int tiles = kSpan ? agreed(*a.key_tiles) : a.nblocks, all = kSpan ? p.g : p.b * p.g;
-  const int per = a.group * tiles, section = i / per, r = i - section * per;
-  const int heads = min(a.group, all - section * a.group);
-  const int rank = r / heads, n = kSpan ? rank : ranked(a, rank),
-            bg = section * a.group + r % heads;
-  KeyTile<kSpan> x;
-  x.heads = p.h / p.g, x.g = bg % p.g, x.first_head = x.g * x.heads;
-  if constexpr (kSpan) {
-    x.span = span;
-    const Span& from = a.keys[n];
-    x.clean = agreed(from.clean) || a.clean;
-    x.blocks = query_blocks<K::kM, !K::kScore>(p, from.diagonal, from.first,
-                                               min(from.first + K::kN, from.k_len), from.begin,
-                                               from.end, from.q_len);
-    if (from.compare) x.blocks.clear_end = 0;
-    x.blocks.begin = agreed(x.blocks.begin), x.blocks.end = agreed(x.blocks.end);
-    if (threadIdx.x == 0) {
-#pragma unroll
-      for (int j = 0; j < 4; j++) store_int4(span + 16 * j, ((const int4*)&from)[j]);
-      store_int4(span + sizeof(Span), make_int4(x.blocks.clear_begin, x.blocks.clear_end, 0, 0));
-    }
-  } else {
-    x.dense_first = n * K::kN, x.dense_b = bg / p.g, x.dense_head = x.g;
-    x.clean = a.clean;
-    x.blocks = queries_of<K>(a, n);
+// Where key tile i of all is: sections of `group` key heads, and ranks outermost inside one, so
+// that under a causal mask the longest go first, if not reversed.
+struct Turn {
+  int rank, head;  // of `heads`, those of one row of the batch or of all
+  DI Turn(const BackwardArgs& a, int i, int tiles, int heads) {
+    const int per = a.group * tiles, section = i / per, r = i - section * per;
+    const int own = min(a.group, heads - section * a.group);
+    rank = r / own, head = section * a.group + r % own;
   }
+};
+
+// In rows of one length.
+template <class K>
+DI KeyTile<false> key_tile(const BackwardArgs& a, int i) {
+  const Problem& p = a.p;
+  const Turn at(a, i, a.nblocks, p.b * p.g);
+  const int n = ranked(a, at.rank);
+  KeyTile<false> x;
+  x.heads = p.h / p.g, x.g = at.head % p.g, x.first_head = x.g * x.heads;
+  x.dense_first = n * K::kN, x.dense_b = at.head / p.g, x.dense_head = x.g;
+  x.clean = a.clean;
+  x.blocks = queries_of<K>(a, n);
   x.start = x.blocks.begin;
-  if (K::kPersistent && a.stagger)
+  if (K::kCounts && a.stagger)
     x.start += (int)((long long)n * (x.blocks.end - x.blocks.begin) / a.nblocks);
   return x;
 }
 
-// In a deterministic call, which has no Spans, the key blocks of a head add to a tile of dQ one
-// after the other, by rank: each waits only for such as were taken, or whose CTA has started,
-// before it, whatever blocks the masks leave. Under a causal mask the last block comes first: every
-// tile begins with its diagonal block, for which it is the first tile, and so nobody waits for
-// long. How many come before a key tile at queries m; by a whole warp.
+// Of sequences, what lies in shared memory at `span`: a Span, its blocks, and where the walk
+// begins.
+constexpr int kSpanSlot = 96;
+
+template <bool kOneThread = false>
+DI KeyTile<true> key_tile_at(const BackwardArgs& a, u32 span) {
+  auto load = [&](int at) { return Rows<true, kOneThread>::load(span + at); };
+  KeyTile<true> x;
+  x.span = span;
+  x.heads = a.p.h / a.p.g, x.g = load(__builtin_offsetof(Span, head)), x.first_head = x.g * x.heads;
+  x.clean = load(__builtin_offsetof(Span, clean)) || a.clean;
+  x.blocks.begin = load(sizeof(Span)), x.blocks.end = load(sizeof(Span) + 4);
+  x.start = load(sizeof(Span) + 16);
+  return x;
+}
+
+// Puts it there. By one thread.
 template <class K>
-DI int visits_before(const BackwardArgs& a, const KeyTile<false>& x, int m) {
+DI KeyTile<true> put_key_tile(const BackwardArgs& a, int i, u32 span) {
+  const Problem& p = a.p;
+  const Turn at(a, i, *a.key_tiles, p.g);
+#pragma unroll(K::kProducerRegs > 24 ? 4 : 1)
+  for (int j = 0; j < 4; j++) store_int4(span + 16 * j, ((const int4*)(a.keys + at.rank))[j]);
+  store_int(span + __builtin_offsetof(Span, head), at.head);
+  store_int(span + __builtin_offsetof(Span, rank), at.rank);
+  const Rows<true, true> y{0, 0, 0, span};
+  const int first = y.first(p), k_len = y.k_len(p);
+  Blocks x = query_blocks(p, K::kM, !K::kScore, y.diagonal(p), first, min(first + K::kN, k_len),
+                          y.begin(p), y.end(p), y.q_len(p));
+  if (y.compare(p)) x.clear_end = 0;
+  store_int4(span + sizeof(Span), make_int4(x.begin, x.end, x.clear_begin, x.clear_end));
+  int start = x.begin;
+  if (K::kCounts && a.stagger && x.end > x.begin)
+    start += (int)((long long)(first / K::kN) * (x.end - x.begin) / ((k_len + K::kN - 1) / K::kN));
+  store_int(span + sizeof(Span) + 16, start);
+  return key_tile_at<true>(a, span);
+}
+
+// In a deterministic call the key blocks of a head, or of a sequence, add to a tile of dQ one after
+// the other, by rank: each waits only for such as were taken, or whose CTA has started, before it,
+// whatever blocks the masks leave. Under a causal mask the last block comes first: every tile
+// begins with its diagonal block, for which it is the first tile, and so nobody waits for long. How
+// many come before a key tile at queries m; by a whole warp.
+template <class K>
+DI int visits_before(const BackwardArgs& a, const KeyTile<K::kSpan>& x, int m) {
   int count = 0;
+  const int own = K::kSpan ? x.rank(a.p) : ranked(a, x.dense_first / K::kN);
 #pragma unroll 1
-  for (int left = ranked(a, x.dense_first / K::kN); left > 0; left -= 32) {
+  for (int left = own; left > 0; left -= 32) {
     const int rank = left - 1 - (int)(threadIdx.x & 31);
-    const Blocks blocks = queries_of<K>(a, ranked(a, max(rank, 0)));
-    count += __popc(__ballot_sync(~0u, rank >= 0 && blocks.begin <= m && m < blocks.end));
+    bool near = rank >= 0;
+    Blocks blocks;
+    if constexpr (K::kSpan) {  // those of a sequence lie side by side
+      const Span& y = a.keys[max(rank, 0)];
+      near = near && y.b == x.b(a.p) && y.n == x.n(a.p);
+      blocks = query_blocks(a.p, K::kM, true, y.diagonal, y.first, min(y.first + K::kN, y.k_len),
+                            y.begin, y.end, y.q_len);
+    } else {
+      blocks = queries_of<K>(a, ranked(a, max(rank, 0)));
+    }
+    count += __popc(__ballot_sync(~0u, near && blocks.begin <= m && m < blocks.end));
+    if (__any_sync(~0u, !near)) break;
   }
   return count;
+}
+
+// Some queries of one head: of a Span's tile, or of a row.
+struct Queries {
+  int b, begin;       // where the sequence begins, counted within row b
+  int first, length;  // the first, counted within the sequence; the sequence's
+  long long padded;   // the first, in arrays of [b * h, rows]
+  bool none;          // rows of no sequence
+};
+
+DI Queries queries(const BackwardArgs& k, const Span& x, int h, int skip) {
+  const long long bh = (long long)x.b * k.p.h + h;
+  const int first = x.first + skip;
+  return {x.b,     x.q_end - x.q_len - x.b * k.p.s, first,
+          x.q_len, bh * k.rows + x.padded + first,  x.n < 0};
 }
 
 template <class K>
@@ -192,22 +247,27 @@ struct BackwardProducer {
     put(mdo, x.o, x.delta, x.o_empty, tile.clean ? x.o_raw : x.o_full, a.delta);
   }
 
-  // Rows of dO whose P is 0 become 0, for 0 * NaN is NaN. By a warp, and only if tile.clean.
-  static DI void clean_queries(const Layout& x, const Tile& tile, u32& it) {
+  // Rows of dO whose P is 0 become 0, for 0 * NaN is NaN, if tile.clean. `raw` has the parity of
+  // o_raw, a bit a stage. By a warp.
+  static DI void clean_queries(const Layout& x, const Tile& tile, u32& it, u32& raw) {
     const int lane = threadIdx.x & 31;
 #pragma unroll 1
     for (const u32 end = it + tile.steps(); it < end; it++) {
       const u32 s = it % kStages;
       mb_wait(x.q_full + 8 * s, it / kStages & 1);
-      mb_wait(x.o_raw + 8 * s, it / kStages & 1);
+      if (tile.clean) {
+        mb_wait(x.o_raw + 8 * s, raw >> s & 1);
+        raw ^= 1 << s;
 #pragma unroll 1
-      for (int r0 = 0; r0 < M; r0 += 32) {
-        const float l = load_shared(x.lse + s * M * 4 + (r0 + lane) * 4);
-        clear_rows<kChunks>(x.o + s * K::kQBytes, M, r0, __ballot_sync(~0u, l == infinity()));
+        for (int r0 = 0; r0 < M; r0 += 32) {
+          const float l = load_shared(x.lse + s * M * 4 + (r0 + lane) * 4);
+          clear_rows<kChunks>(x.o + s * K::kQBytes, M, r0, __ballot_sync(~0u, l == infinity()));
+        }
+        fence_async();
+        __syncwarp();
+        if (lane == 0) mb_arrive(x.o_full + 8 * s);
       }
-      fence_async();
-      __syncwarp();
-      if (lane == 0) mb_arrive(x.o_full + 8 * s), mb_arrive(x.q_empty + 8 * s);
+      if (lane == 0) mb_arrive(x.q_empty + 8 * s);
     }
   }
 };

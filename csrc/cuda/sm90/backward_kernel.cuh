@@ -21,16 +21,15 @@ struct Backward {
                         kScore = kOptions & kBackwardScores;
   using Tile = KeyTile<kSpan>;
   // One CTA a multiprocessor, which takes key tiles until there are none, counts the visits of each
-  // tile of dQ, and converts tiles that are complete; in rows of one length.
-  // Else a CTA a key tile, and dQ is cleared before and converted after. A call that yields is in
-  // between: a CTA a key tile, which counts, and dQ is converted after.
-  static constexpr bool kPersistent = !kSpan;
+  // tile of dQ, and converts tiles that are complete. In a call that yields, or where registers are
+  // short, a CTA leaves after one key tile, and dQ is converted after.
+  static constexpr bool kCounts = true, kStays = kProducerRegs > 24;
   // How dQ (M x D) is split over the two warpgroups: by rows, or by columns.
   static constexpr bool kByRows = M == 128;
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kDsBytes = M * N * 2,
                        kDqBytes = M * D * 4;
   static constexpr int kSmem = 3 * kKBytes + 2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
-                               2 * kStages * M * 4 + 256 + 1024;
+                               2 * kStages * M * 4 + 384 + 1024;
   static constexpr int kSaidTogether = 4;  // visits, see add_tile
   static_assert(N == 128 && (D == 64 || D == 128) && (M == 64 || (M == 128 && D == 64)));
   // dV waits for its store in the buffer of dS, a warpgroup's in its own halves, and dK over K.
@@ -50,7 +49,7 @@ struct Backward {
       v_full = k_empty + 16, v_empty = v_full + 8;
       q_full = v_empty + 8, q_empty = q_full + 16;
       o_raw = q_empty + 16, o_full = o_raw + 16, o_empty = o_full + 16;
-      item = o_empty + 16, unit = item + 8, span = k_full + 160;
+      item = o_empty + 16, unit = item + 8, span = k_full + 160;  // spans of two key tiles
     }
   };
 
@@ -59,10 +58,7 @@ struct Backward {
     extern __shared__ unsigned char smem_raw[];
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
-    if (kSpan && (int)blockIdx.x >= agreed(*a.key_tiles) * a.p.g) return;
-    Tile only;  // of sequences
-    if constexpr (kSpan) only = key_tile<Backward>(a, blockIdx.x, x.span);
-    const bool clears = kSpan ? only.clean : a.clean;
+    const bool clears = kSpan || a.clean;  // of sequences each tile says whether it has to be
     if (threadIdx.x == 0) {
       for (int i = 0; i < 2; i++)
         mb_init(x.k_full + 8 * i, 1), mb_init(x.k_empty + 8 * i, 3 + clears);
@@ -75,111 +71,124 @@ struct Backward {
       reg_dec<kProducerRegs>();
       const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
       if (threadIdx.x == 0)
-        load(mq, mk, mv, mdo, a, x, only);
+        load(mq, mk, mv, mdo, a, x);
       else if (warp == 1)
-        add(a, x, only);
+        add(a, x);
       else if (warp == 2 && clears)
-        clean(a, x, only);
-      else if (kPersistent && warp >= 2 && !a.yields)
-        finish(a, x);
+        clean(a, x);
+      if (kStays && warp >= 2 && !a.yields) finish(a, x);
     } else {
       reg_inc<kConsumerRegs>();
       u32 it = 0;
 #pragma unroll 1
-      for (u32 k = 0; k == 0 || kPersistent; k++) {
+      for (u32 k = 0; k == 0 || kStays; k++) {
         const int i = item(x, k);
         if (i < 0) break;
-        compute(mdk, mdv, a, x, tile_of(a, i, only), wg - 1, k, it);
+        compute(mdk, mdv, a, x, tile_of(a, x, i, k), wg - 1, k, it);
       }
-      if (kPersistent && it > 0) bar_sync(kBarDqFree + wg - 1, 160);
+      if (it > 0) bar_sync(kBarDqFree + wg - 1, 160);
       if ((threadIdx.x & 127) == 0) bulk_wait<0>();
-      if (kPersistent && !a.yields) finish(a, x);
+      if (kStays && !a.yields) finish(a, x);
     }
   }
 
-  static DI Tile tile_of(const BackwardArgs& a, int i, const Tile& only) {
+  // The k-th key tile of this CTA, which is number i.
+  static DI Tile tile_of(const BackwardArgs& a, const Layout& x, int i, u32 k) {
     if constexpr (kSpan)
-      return only;
+      return key_tile_at(a, x.span + (k & 1) * kSpanSlot);
     else
       return key_tile<Backward>(a, i);
   }
 
-  // The k-th key tile of this CTA, once its K is there; -1 at the end.
+  // The tile of a step: where registers are short they hold only where it is.
+  template <bool kOneThread = false>
+  static DI Tile now(const BackwardArgs& a, const Tile& tile) {
+    if constexpr (!kStays)
+      return key_tile_at<kOneThread>(a, tile.span);
+    else
+      return tile;
+  }
+
+  // Its number, once its K is there; -1 at the end.
   static DI int item(const Layout& x, u32 k) {
     mb_wait(x.k_full + 8 * (k & 1), k / 2 & 1);
-    if (!kPersistent) return blockIdx.x;
     return __shfl_sync(~0u, load_int(x.item + 4 * (k & 1)), 0);
   }
 
   static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
-                      const BackwardArgs& a, const Layout& x, const Tile& only) {
+                      const BackwardArgs& a, const Layout& x) {
     u32 it = 0;
     // Not even the first is a CTA's own: then nobody waits for a CTA that does not run yet. And
     // none is taken early, or a long key tile would hold the next.
-    auto take = [&]() -> int { return kPersistent ? atomicAdd(a.ticket, 1) : blockIdx.x; };
+    auto take = [&]() -> int { return atomicAdd(a.ticket, 1); };
+    const int tiles = kSpan ? *a.key_tiles * a.p.g : a.nblocks * a.p.b * a.p.g;
     int i = take();
 #pragma unroll 1
-    for (u32 k = 0; k == 0 || kPersistent; k++) {
+    for (u32 k = 0; k == 0 || kStays; k++) {
       const u32 full = x.k_full + 8 * (k & 1);
-      if (kPersistent) mb_wait(x.k_empty + 8 * (k & 1), ~(k / 2) & 1);
-      const bool end = kPersistent && (i >= a.nblocks * a.p.b * a.p.g || (a.yields && k > 0));
-      if (kPersistent) store_int(x.item + 4 * (k & 1), end ? -1 : i);
+      mb_wait(x.k_empty + 8 * (k & 1), ~(k / 2) & 1);
+      const bool end = i >= tiles || (k > 0 && (a.yields || !kStays));
+      store_int(x.item + 4 * (k & 1), end ? -1 : i);
       if (end) {
         mb_arrive(full);
         return;
       }
-      const Tile tile = tile_of(a, i, only);
+      Tile tile;
+      if constexpr (kSpan)
+        tile = put_key_tile<Backward>(a, i, x.span + (k & 1) * kSpanSlot);
+      else
+        tile = key_tile<Backward>(a, i);
       mb_expect(full, kKBytes);
       Producer::load_keys(mk, a.p, x.k + (k & 1) * kKBytes, tile, full);
       Walk at(tile);
       u32 left = tile.steps();
       // V after the queries of the first step, since the last key tile frees it later.
       auto step = [&] {
-        Producer::load_queries(mq, mdo, a, x, tile, at, it);
-        left--, it++, at.next(tile);
+        const Tile here = now<true>(a, tile);
+        Producer::load_queries(mq, mdo, a, x, here, at, it);
+        left--, it++, at.next(here);
       };
       if (left) step();
-      if (kPersistent) mb_wait(x.v_empty, ~k & 1);
+      mb_wait(x.v_empty, ~k & 1);
       mb_expect(x.v_full, kKBytes);
       Producer::load_keys(mv, a.p, x.v, tile, x.v_full);
 #pragma unroll 1
       while (left) step();
-      if (kPersistent && !a.yields) i = take();
+      if (kStays && !a.yields) i = take();
     }
   }
 
-  static DI void clean(const BackwardArgs& a, const Layout& x, const Tile& only) {
-    u32 it = 0;
+  static DI void clean(const BackwardArgs& a, const Layout& x) {
+    u32 it = 0, raw = 0;
 #pragma unroll 1
-    for (u32 k = 0; k == 0 || kPersistent; k++) {
+    for (u32 k = 0; k == 0 || kStays; k++) {
       const int i = item(x, k);
       if (i < 0) return;
-      const Tile tile = tile_of(a, i, only);
+      const Tile tile = tile_of(a, x, i, k);
       if ((threadIdx.x & 31) == 0) mb_arrive(x.k_empty + 8 * (k & 1));
-      Producer::clean_queries(x, tile, it);
+      Producer::clean_queries(x, tile, it, raw);
     }
   }
 
-  static DI void add(const BackwardArgs& a, const Layout& x, const Tile& only) {
+  static DI void add(const BackwardArgs& a, const Layout& x) {
     const bool elect = (threadIdx.x & 31) == 0;
 #pragma unroll 1
-    for (u32 k = 0; k == 0 || kPersistent; k++) {
+    for (u32 k = 0; k == 0 || kStays; k++) {
       const int i = item(x, k);
       if (i < 0) break;
-      if (elect) mb_arrive(x.k_empty + 8 * (k & 1));
-      add_tile(a, x, tile_of(a, i, only));
+      add_tile(a, x, tile_of(a, x, i, k), k);
     }
     if (elect) bulk_wait<0>();
   }
 
-  static DI void add_tile(const BackwardArgs& a, const Layout& x, const Tile& tile) {
-    const bool elect = (threadIdx.x & 31) == 0, counts = kPersistent && elect;
-    const bool ordered = kPersistent && a.deterministic;
+  static DI void add_tile(const BackwardArgs& a, const Layout& x, const Tile& tile, u32 k) {
+    const bool elect = (threadIdx.x & 31) == 0, ordered = a.deterministic;
+    const int row = tile.b(a.p) * a.p.h * (a.rows / 64) + tile.padded(a.p) / 64;
     auto entry = [&](const Walk& at) {  // of `visits`
-      return (tile.b(a.p) * a.p.h + at.h) * (a.rows / 64) + tile.padded(a.p) / 64 + at.m * (M / 64);
+      return row + at.h * (a.rows / 64) + at.m * (M / 64);
     };
     auto begin = [&](const Walk& at) {
-      return counts ? atomicAdd(a.visits + entry(at), Visits::to_begin()) : 0;
+      return elect ? atomicAdd(a.visits + entry(at), Visits::to_begin()) : 0;
     };
     // Visits that are not known to be done, or not yet said to be, from entry `oldest` on; whether
     // the last of them stored, for which others wait. Several are said at a time: a release takes a
@@ -199,11 +208,9 @@ struct Backward {
 #pragma unroll 1
     while (left) {
       // Who comes first stores, the others wait for that; or for all that have their turn before.
-      int before = 0;
-      if constexpr (kPersistent)
-        if (ordered) before = visits_before<Backward>(a, tile, at.m);
+      int before = ordered ? visits_before<Backward>(a, tile, at.m) : 0;
       const int here = entry(at);
-      if (counts) {
+      if (elect) {
         if (!ordered) before = visits.begun() > 0;
         if (ordered || visits.done() < before) visits.word = load_acquire(a.visits + here);
         if (pending && (ordered || visits.done() < before))
@@ -211,7 +218,7 @@ struct Backward {
         while (visits.done() < before) visits.word = load_acquire(a.visits + here);
         fence_async_global();
       }
-      const bool first = counts && before == 0;
+      const bool first = before == 0;
 #pragma unroll 1
       for (int w = 0; w < 2; w++) {
         bar_sync(kBarDqFull + w, 160);
@@ -224,22 +231,22 @@ struct Backward {
           bulk_commit();
         }
       }
-      if (counts) {
+      if (elect) {
         const bool follows = here == oldest + pending * (M / 64);
         if (pending && (pending == kSaidTogether || stored || !follows)) bulk_wait<2>(), publish();
         if (pending == 0) oldest = here;
         pending++, stored = first;
       }
-      at.next(tile);
+      at.next(now(a, tile));
       if (--left) visits.word = begin(at);
-      const bool again = kPersistent || left > 0;  // the warpgroups wait once more
       if (elect) bulk_wait_read<1>();
       __syncwarp();
-      if (again) bar_arrive(kBarDqFree, 160);
+      bar_arrive(kBarDqFree, 160);
       if (elect) bulk_wait_read<0>();
       __syncwarp();
-      if (again) bar_arrive(kBarDqFree + 1, 160);
+      bar_arrive(kBarDqFree + 1, 160);
     }
+    if (elect) mb_arrive(x.k_empty + 8 * (k & 1));
     if (pending) bulk_wait<0>(), publish();
   }
 
@@ -252,27 +259,35 @@ struct Backward {
     for (;;) {
       int h = p.h, s = p.s;  // opaque, or too much that follows from them outlives a turn
       asm volatile("" : "+r"(h), "+r"(s));
-      const int tiles = (s + M - 1) / M, ratio = h / p.g;
+      const int tiles = kSpan ? *a.query_tiles : (s + M - 1) / M, ratio = h / p.g;
+      const int all = kSpan ? h : p.b * h;  // heads
       int u = 0;
       if ((threadIdx.x & 31) == 0) u = add_int(x.unit, 1);
       u = __shfl_sync(~0u, u, 0);
       const int i = blockIdx.x + u / kParts * gridDim.x;
-      if (i >= p.b * h * tiles) break;
-      const int per = a.group * ratio * tiles, section = i / per, r = i - section * per;
-      const int heads = min(a.group, p.b * p.g - section * a.group) * ratio;
-      const int m = r / heads, bh = section * a.group * ratio + r % heads;
-      const long long row = (long long)bh * a.rows + m * M;
-      int all = 0;
+      if (i >= all * tiles) break;
+      const int group = a.group * ratio, section = i / (group * tiles),
+                r = i - section * group * tiles;
+      const int heads = min(group, all - section * group);
+      const int m = r / heads, head = section * group + r % heads;
+      Queries z;
+      if constexpr (kSpan) {
+        z = queries(a, a.queries[m], head, 0);
+        if (z.none) continue;
+      } else {
+        z = {head / h, 0, m * M, s, (long long)head * a.rows + m * M, false};
+      }
+      int visits = 0;
       if ((threadIdx.x & 31) == 0)
         for (;;) {
-          const Visits visits{load_acquire(a.visits + row / 64)};
-          all = visits.all();
-          if (visits.done() == all) break;
+          const Visits now{load_acquire(a.visits + z.padded / 64)};
+          visits = now.all();
+          if (now.done() == visits) break;
           __nanosleep(500);
         }
-      if (__shfl_sync(~0u, all, 0) == 0) continue;
-      const int b = bh / h;
-      convert_dq<F16, D, M, kByRows>(a, a.acc + row * D, bh - b * h, b * s + m * M, s - m * M,
+      if (__shfl_sync(~0u, visits, 0) == 0) continue;
+      convert_dq<F16, D, M, kByRows>(a, a.acc + z.padded * D, kSpan ? head : head - z.b * h,
+                                     z.b * s + z.begin + z.first, z.length - z.first,
                                      u % kParts * kGroups, (u % kParts + 1) * kGroups, 1);
     }
   }
@@ -473,13 +488,13 @@ struct Backward {
     put_rows<F16>(dv, to_dv, kDsBytes, row, 1.f);
     put_rows<F16>(dk, to_dk, N * 128, row, p.scale);
     fence_async();
-    bar_sync(kBarStore + cw, 128);
-    const int to = tile.k_row(p, tile.first(p) + cw * 64), box = tile.k_box(p);
+    const int to = tile.k_row(p, tile.first(p) + cw * 64), g = tile.head(p), box = tile.k_box(p);
+    bar_sync(kBarStore + cw, 128);  // from here on nobody reads the tile's Span
     if (elect) {
 #pragma unroll
       for (int c = 0; c < kChunks; c++) {
-        tma_store(&mdv, to_dv + c * kDsBytes, c * 64, to, tile.g, box);
-        tma_store(&mdk, to_dk + c * N * 128, c * 64, to, tile.g, box);
+        tma_store(&mdv, to_dv + c * kDsBytes, c * 64, to, g, box);
+        tma_store(&mdk, to_dk + c * N * 128, c * 64, to, g, box);
       }
       bulk_commit();
     }

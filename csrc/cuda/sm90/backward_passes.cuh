@@ -11,25 +11,10 @@ struct PassArgs {
   float *lse2, *delta;               // [b * h, rows]
 };
 
-// Some queries of one head: of a Span's tile, or of a row.
-struct Queries {
-  int b, begin;       // where the sequence begins, counted within row b
-  int first, length;  // the first, counted within the sequence; the sequence's
-  long long padded;   // the first, in arrays of [b * h, rows]
-  bool none;          // rows of no sequence
-};
-
-DI Queries queries(const BackwardArgs& k, const Span& x, int h, int skip) {
-  const long long bh = (long long)x.b * k.p.h + h;
-  const int first = x.first + skip;
-  return {x.b,     x.q_end - x.q_len - x.b * k.p.s, first,
-          x.q_len, bh * k.rows + x.padded + first,  x.n < 0};
-}
-
 // delta = sum of dout * out - dlse, and lse2 = lse * log2(e); for a query that saw nothing, or is
-// none, +inf and 0. What the kernel counts begins, and dq of tiles that no key block visits is 0;
-// a kernel that does not count finds its accumulator cleared. 64 rows a block of 256 threads; a row
-// by D / 8 lanes.
+// none, +inf and 0. What the kernel counts begins; a kernel that does not count finds its
+// accumulator cleared. dq of tiles that no key block visits, and of rows of no sequence, is 0. 64
+// rows a block of 256 threads; a row by D / 8 lanes.
 template <class K, bool F16, int D>
 static __global__ void __launch_bounds__(256)
     backward_statistics(const PassArgs a, const BackwardArgs k) {
@@ -39,9 +24,10 @@ static __global__ void __launch_bounds__(256)
   Queries x;
   int rows = 64;  // that exist in the arrays of this pass
   if constexpr (K::kSpan) {
+    pdl_wait();  // for the plan
     if (blockIdx.x >= *k.query_tiles) return;
     x = queries(k, k.queries[blockIdx.x], h, 64 * blockIdx.z);
-    if (x.none) return;
+    if (x.none) rows = 0;
   } else {
     const int b = blockIdx.z, r0 = blockIdx.x * 64;
     x = {b, 0, r0, p.s, ((long long)b * p.h + h) * k.rows + r0, false};
@@ -68,31 +54,39 @@ static __global__ void __launch_bounds__(256)
       a.delta[x.padded + r] = l == -infinity() ? 0.f : sum - a.dlse[bh * p.s + s];
     }
   }
-  if constexpr (K::kPersistent) {
-    const int r0 = x.first, m = r0 / M, first = threadIdx.x & ~31;
-    int visits = 0;
-    for (int n = threadIdx.x & 31; n - (int)(threadIdx.x & 31) < k.nblocks; n += 32) {
-      const Blocks y = queries_of<K>(k, min(n, k.nblocks - 1));
-      visits += __popc(__ballot_sync(~0u, n < k.nblocks && m >= y.begin && m < y.end));
+  const int r0 = x.first, first = threadIdx.x & ~31;
+  const bool begins = K::kSpan ? blockIdx.z == 0 : r0 % M == 0 && r0 < k.rows;  // a tile
+  int visits = x.none ? 0 : 1;
+  if constexpr (K::kCounts) {
+    const int m = r0 / M;
+    visits = 0;
+    if constexpr (K::kSpan) {
+      const long long tile = (x.padded - r0) / 64 - (bh - x.b) * (k.rows / 64);
+      for (int n = threadIdx.x & 31; n <= m && rows > 0; n += 32)
+        visits += k.changes[tile + n * (M / 64)];
+      visits = __reduce_add_sync(~0u, visits);
+    } else {
+      for (int n = threadIdx.x & 31; n - (int)(threadIdx.x & 31) < k.nblocks; n += 32) {
+        const Blocks y = queries_of<K>(k, min(n, k.nblocks - 1));
+        visits += __popc(__ballot_sync(~0u, n < k.nblocks && m >= y.begin && m < y.end));
+      }
+      if (threadIdx.x == 0 && r0 == 0 && bh == 0) *k.ticket = 0;
     }
-    if (threadIdx.x == 0) {
-      if (r0 % M == 0 && r0 < k.rows) k.visits[x.padded / 64] = Visits::initial(visits);
-      if (r0 == 0 && bh == 0) *k.ticket = 0;
-    }
-    if (visits == 0)
-      for (int s = r0 + first / 32; s < min(r0 + 64, p.s); s += 8)
-        for (int i = (threadIdx.x & 31) * 8; i < k.d; i += 256)
-          *(uint4*)(k.dq + (((long long)x.b * p.s + s) * p.h + h) * k.d + i) =
-              make_uint4(0, 0, 0, 0);
   } else {
-    if (!K::kSpan && threadIdx.x == 0 && rows > 0) k.visits[x.padded / 64] = Visits::initial(0);
     float4* acc = (float4*)(k.acc + x.padded * D);
     for (int i = threadIdx.x; i < rows * D / 4; i += 256) acc[i] = make_float4(0, 0, 0, 0);
   }
+  if (threadIdx.x == 0 && begins && !x.none)
+    k.visits[x.padded / 64] = Visits::initial(K::kCounts ? visits : 0);
+  if (visits == 0)
+    for (int s = r0 + first / 32; s < min(r0 + 64, x.length); s += 8)
+      for (int i = (threadIdx.x & 31) * 8; i < k.d; i += 256)
+        *(uint4*)(k.dq + (((long long)x.b * p.s + x.begin + s) * p.h + h) * k.d + i) =
+            make_uint4(0, 0, 0, 0);
 }
 
-// A block of 256 threads for a tile of M queries, which is 0 already if no key block visits it. Of
-// rows of no sequence it becomes 0.
+// A block of 256 threads for a tile of M queries. dq of one that no key block visits, or of rows of
+// no sequence, is 0 already.
 template <class K, bool F16, int D>
 static __global__ void __launch_bounds__(256) backward_convert(const BackwardArgs a) {
   constexpr int M = K::kM;
@@ -102,18 +96,14 @@ static __global__ void __launch_bounds__(256) backward_convert(const BackwardArg
   if constexpr (K::kSpan) {
     if (blockIdx.x >= *a.query_tiles) return;
     x = queries(a, a.queries[blockIdx.x], h, 0);
+    if (x.none) return;
   } else {
     const int b = blockIdx.z, first = blockIdx.x * M;
     x = {b, 0, first, p.s, ((long long)b * p.h + h) * a.rows + first, false};
-    if (K::kPersistent && Visits{a.visits[x.padded / 64]}.all() == 0) return;
   }
-  const int begin = x.b * p.s + x.begin + x.first, rows = x.length - x.first;
-  if (!x.none)
-    return convert_dq<F16, D, M, K::kByRows>(a, a.acc + x.padded * D, h, begin, rows, warp,
-                                             M * D / 512, 8);
-  for (int r = warp; r < min(M, rows); r += 8)
-    for (int i = (threadIdx.x & 31) * 8; i < a.d; i += 256)
-      *(uint4*)(a.dq + ((long long)(begin + r) * p.h + h) * a.d + i) = make_uint4(0, 0, 0, 0);
+  if (K::kCounts && Visits{a.visits[x.padded / 64]}.all() == 0) return;
+  convert_dq<F16, D, M, K::kByRows>(a, a.acc + x.padded * D, h, x.b * p.s + x.begin + x.first,
+                                    x.length - x.first, warp, M * D / 512, 8);
 }
 
 // dsinks: a block for each element, over the batch entries that share it. A sink takes exp(sink -

@@ -18,7 +18,7 @@ struct WideBackward {
   static constexpr bool kMask = kOptions & kBackwardMasks, kSpan = kOptions & kBackwardSpans,
                         kScore = kOptions & kBackwardScores;
   using Tile = KeyTile<kSpan>;
-  static constexpr bool kByRows = false, kPersistent = false;
+  static constexpr bool kByRows = false, kCounts = false, kStays = false;
   static constexpr int kConsumerRegs = 240, kProducerRegs = 24;
   static constexpr int kOwn = N / 2;  // keys whose scores a warpgroup computes
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kPBytes = M * N * 2;
@@ -49,7 +49,14 @@ struct WideBackward {
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
     if (kSpan && (int)blockIdx.x >= agreed(*a.key_tiles) * a.p.g) return;
-    const Tile tile = key_tile<WideBackward>(a, blockIdx.x, x.span);
+    Tile tile;
+    if constexpr (kSpan) {
+      if (threadIdx.x == 0) put_key_tile<WideBackward>(a, blockIdx.x, x.span);
+      __syncthreads();
+      tile = key_tile_at(a, x.span);
+    } else {
+      tile = key_tile<WideBackward>(a, blockIdx.x);
+    }
     if (threadIdx.x == 0) {
 #pragma unroll
       for (int i = 0; i < kPieces; i++)
@@ -86,13 +93,13 @@ struct WideBackward {
   }
 
   static DI void clean(const Layout& x, const Tile& tile) {
-    u32 it = 0;
-    Producer::clean_queries(x, tile, it);
+    u32 it = 0, raw = 0;
+    Producer::clean_queries(x, tile, it, raw);
   }
 
   // dQ in pieces of 64 columns, of the warpgroups by turns. By a warp.
   static DI void add_dq(const BackwardArgs& a, const Layout& x, const Tile& tile) {
-    const bool elect = (threadIdx.x & 31) == 0, ordered = !kSpan && a.deterministic;
+    const bool elect = (threadIdx.x & 31) == 0, ordered = a.deterministic;
     int m = tile.blocks.begin;
     int at =  // of `visits`
         (tile.b(a.p) * a.p.h + tile.first_head) * (a.rows / M) + tile.padded(a.p) / M + m;
@@ -100,9 +107,7 @@ struct WideBackward {
 #pragma unroll 1
     for (u32 left = tile.steps();; left--) {
       if (ordered) {
-        int before = 0;
-        if constexpr (!kSpan)
-          if (left > 0) before = visits_before<WideBackward>(a, tile, m);
+        const int before = left > 0 ? visits_before<WideBackward>(a, tile, m) : 0;
         if (elect) {
           while (left > 0 && Visits{load_acquire(a.visits + at)}.done() < before) {
           }

@@ -21,7 +21,7 @@ cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStre
   a.p = problem(p);
   a.scale = p.scale * kLog2E;
   a.lse = p.lse, a.out = static_cast<u32*>(p.out);
-  const PlanShape shape{true, M, 0, 0};
+  const PlanShape shape{true, M, 0};
   const int64_t mblocks = K::kSpan ? plan_tiles(p, shape) : p.b * ((p.s + M - 1) / M);
   const int64_t tiles = mblocks * p.h;
   if (p.b * p.s * p.h == 0) return cudaSuccess;
@@ -57,7 +57,7 @@ cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStre
     const int64_t heads = (a.group + a.ratio - 1) / a.ratio;
     const int64_t chunk = (int64_t{32} << 20) / (heads * (p.d + p.e) * 2);
     Plan plan;
-    const PlanShape ordered{true, M, chunk, 0};
+    const PlanShape ordered{true, M, chunk};
     error = plan_sequences(p, &ordered, 1, p.workspace, &plan, stream);
     if (error != cudaSuccess) return error;
     a.ticket = plan.ticket, a.spans = plan.spans, a.count = plan.count;

@@ -213,16 +213,17 @@ struct Forward {
       return Tile<kOneThread>(a, t);
   }
 
-  // Draws the tiles of sequences, and puts the Span of each, with its head and its blocks, to shared
-  // memory while the one before is worked on. Sections of heads, as with rows of one length, go
-  // through all spans. By a warp.
+  // Draws the tiles of sequences, and puts the Span of each, with its head and its blocks, to
+  // shared memory while the one before is worked on. Sections of heads, as with rows of one length,
+  // go through all spans. By a warp.
   static DI void publish(const ForwardArgs& a, const Layout& x) {
     const int lane = threadIdx.x & 31;
     const int spans = *a.count, tiles = spans * a.p.h, per = a.group * spans;
     int t = blockIdx.x;
 #pragma unroll 1
     for (int round = 0;; round++) {
-      const int section = t / per, r = t - section * per, g = min(a.group, a.p.h - section * a.group);
+      const int section = t / per, r = t - section * per,
+                g = min(a.group, a.p.h - section * a.group);
       const int n = r / g, slot = round & 1;
       const u32 to = x.tickets + kSlot * slot;
       const bool end = t >= tiles;

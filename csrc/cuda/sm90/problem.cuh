@@ -34,9 +34,10 @@ struct alignas(64) Span {
   int begin, end;
   int compare;  // segment ids within [begin, end) are not all the tile's only one
   int padded;   // backward: where the queries begin in arrays padded to whole tiles
-  int head;     // while a CTA works on the tile; < 0: there is no more
   int clean;    // backward: some query may have seen nothing
-  int unused;
+  // While a CTA works on the tile: of queries or keys, < 0 if there is no more; backward, its place
+  // in the list.
+  int head, rank;
 };
 
 struct Blocks {
@@ -62,22 +63,21 @@ DI Blocks key_blocks(const Problem& p, int diagonal, int i0, int i1, int begin, 
   return x;
 }
 
-// Query blocks of M for the keys [j0, j1), of the queries [begin, end) of q_len. With kPast
+// Query blocks of `size` for the keys [j0, j1), of the queries [begin, end) of q_len. With `past`
 // `masked` is not about queries past the last, whose log-sum-exp takes care of them unless they are
 // NaN.
-template <int M, bool kPast>
-DI Blocks query_blocks(const Problem& p, int diagonal, int j0, int j1, int begin, int end,
-                       int q_len) {
+DI Blocks query_blocks(const Problem& p, int size, bool past, int diagonal, int j0, int j1,
+                       int begin, int end, int q_len) {
   int first = p.right < 0 ? begin : clamp(j0 - diagonal - p.right, begin, end);
   int last = p.left < 0 ? end : clamp(j1 - diagonal + p.left, begin, end);
-  if (kPast && end == q_len) end += M;
+  if (past && end == q_len) end += size;
   int all_first = p.right < 0 ? begin : clamp(j1 - 1 - diagonal - p.right, begin, end);
   int all_last = p.left < 0 ? end : clamp(j0 + 1 - diagonal + p.left, begin, end);
   Blocks x;
-  x.begin = first / M;
-  x.end = last > first ? (last + M - 1) / M : x.begin;
-  x.clear_begin = (all_first + M - 1) / M;
-  x.clear_end = all_last / M;
+  x.begin = first / size;
+  x.end = last > first ? (last + size - 1) / size : x.begin;
+  x.clear_begin = (all_first + size - 1) / size;
+  x.clear_end = all_last / size;
   return x;
 }
 
@@ -114,6 +114,7 @@ struct Rows {
   SPAN(end, p.t)
   SPAN(compare, 0)
   SPAN(padded, 0)
+  SPAN(rank, 0)
 #undef SPAN
   // The coordinates of query i, and of key j, in the maps: b, or a sequence's end.
   DI int q_row(const Problem& p, int i) const { return kSpan ? p.s - q_len(p) + i : i; }

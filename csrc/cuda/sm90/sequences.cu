@@ -1,6 +1,7 @@
 // Plans the tiles of sequences: where each lies, what it meets, and in which order they are worked
 // on. Rows of no sequence get tiles too, which are to be filled.
 #include "../../attention/sequence.h"
+#include "host.h"
 #include "sequences.h"
 
 namespace flashjax::sm90 {
@@ -18,7 +19,9 @@ struct Run {
 // One shape of tiles.
 struct List {
   bool by_query;
+  Order order;
   int size, padding, rows;  // rows: of the tiles' own operand
+  int *changes, changes_of_row;
   int chunk, classes;
   float class_of_row;  // classes for a row that is met
   Span* spans;
@@ -28,6 +31,7 @@ struct List {
 
 struct PlanArgs {
   flashjax::Problem p;
+  Problem own;  // as the kernels have it
   List list[2];
 };
 
@@ -60,10 +64,22 @@ __device__ Sequence slot(const flashjax::Problem& p, int b, int i) {
   return i < p.n ? sequence(p, b, i) : Sequence{p.s, 0, p.t, 0, 0};
 }
 
+// Visits to tiles of queries by a tile of keys, for the statistics to sum up. Nobody reads what
+// lies past a sequence's last tile, which may be the next one's.
+__device__ void count_visits(const PlanArgs& all, const List& a, const Span& x) {
+  const int size = a.padding, step = size / 64;
+  const Blocks y = query_blocks(all.own, size, true, x.diagonal, x.first,
+                                min(x.first + a.size, x.k_len), x.begin, x.end, x.q_len);
+  int* to = a.changes + x.b * a.changes_of_row + x.padded / 64;
+  if (y.begin == y.end) return;
+  atomicAdd(to + y.begin * step, 1);
+  if (y.end * size < x.q_len) atomicAdd(to + y.end * step, -1);
+}
+
 // Tile x of all, unordered; returns its bin in the order. The last run that begins at x or before
 // holds it, for those without tiles begin where the next one does.
 __device__ int make_span(const flashjax::Problem& p, const List& a, const Run* runs, int x,
-                         Span& span) {
+                         bool falls, Span& span) {
   const int slots = static_cast<int>(p.n) + 1;
   int lo = 0, hi = 2 * static_cast<int>(p.b) * slots;
   while (hi - lo > 1) {
@@ -88,19 +104,21 @@ __device__ int make_span(const flashjax::Problem& p, const List& a, const Run* r
   span.k_end = static_cast<int>((p.page_table ? b : entry) * p.t + z.k_begin + z.k_len);
   span.k_begin = static_cast<int>(z.k_begin);
   span.diagonal = static_cast<int>(flashjax::clamp(z.diagonal, -(1 << 29), 1 << 29));
-  span.begin = 0, span.end = a.by_query ? span.k_len : span.q_len;
+  span.begin = 0, span.end = a.by_query ? span.k_len : falls ? 0 : span.q_len;
   span.compare = p.segment_ids_q && !gap;
   span.padded = a.padding ? static_cast<int>(z.q_begin / a.padding + i) * a.padding : 0;
   span.clean = p.segment_ids_q || (p.window_right >= 0 && z.diagonal + p.window_right < 0) ||
                (p.window_left >= 0 && z.q_len - 1 + z.diagonal - p.window_left >= z.k_len);
-  span.head = 0, span.unused = 0;
+  span.head = 0, span.rank = 0;
   const int64_t last = imin(span.first + a.size, a.by_query ? z.q_len : z.k_len);
   const Range met =
       a.by_query ? visible_keys(p, z, span.first, last) : visible_queries(p, z, span.first, last);
   const int at =
       a.by_query ? static_cast<int>(b * p.t + z.k_begin) : static_cast<int>(b * p.s + z.q_begin);
-  const int part = static_cast<int>(static_cast<float>(met.end - met.begin) * a.class_of_row);
-  return min(at / a.chunk * a.classes + a.classes - 1 - min(part, a.classes - 1), kBins - 1);
+  const int part = min(static_cast<int>(static_cast<float>(met.end - met.begin) * a.class_of_row),
+                       a.classes - 1);
+  return min(at / a.chunk * a.classes + (a.order == Order::kMostLast ? part : a.classes - 1 - part),
+             kBins - 1);
 }
 
 // A block a list.
@@ -116,6 +134,15 @@ __global__ void __launch_bounds__(kThreads) plan(const __grid_constant__ PlanArg
   auto most = [](int x, int y) { return max(x, y); };
   auto sum = [](int x, int y) { return x + y; };
   auto up = [&](int x) { return (x + a.size - 1) / a.size; };
+  // Queries whose offsets fall belong to several sequences, but their gradients have one place:
+  // then no keys meet any.
+  int falling = 0;
+  if (a.changes && p.cu_seqlens_q)
+    for (int x = threadIdx.x; x < count; x += kThreads)
+      falling |= x % slots < p.n && p.cu_seqlens_q[x] > p.cu_seqlens_q[x + 1];
+  const bool falls = __syncthreads_or(falling);
+  if (a.changes)
+    for (int x = threadIdx.x; x < p.b * a.changes_of_row; x += kThreads) a.changes[x] = 0;
   int furthest = 0, tiles = 0;  // end of the sequences so far, over [b, rows + 1]; tiles so far
   for (int first = 0; first < count; first += kThreads) {
     const int x = first + threadIdx.x, b = x / slots, base = b * (a.rows + 1);
@@ -144,16 +171,21 @@ __global__ void __launch_bounds__(kThreads) plan(const __grid_constant__ PlanArg
   // Counted by bin, then put there; a second look only where a thread has several.
   Span span;
   int bin = 0;
-  for (int x = threadIdx.x; x < tiles; x += kThreads)
-    atomicAdd(&bins[bin = make_span(p, a, runs, x, span)], 1);
+  for (int x = threadIdx.x; x < tiles; x += kThreads) {
+    atomicAdd(&bins[bin = make_span(p, a, runs, x, falls, span)], 1);
+    if (a.changes && !p.segment_ids_q) count_visits(all, a, span);
+  }
   __syncthreads();
   int total;
   const int mine = bins[threadIdx.x], upto = scan(mine, shared, total, sum);
   bins[threadIdx.x] = upto - mine;
   __syncthreads();
   for (int x = threadIdx.x; x < tiles; x += kThreads) {
-    if (tiles > kThreads) bin = make_span(p, a, runs, x, span);
-    a.spans[atomicAdd(&bins[bin], 1)] = span;
+    if (tiles > kThreads) bin = make_span(p, a, runs, x, falls, span);
+    const int at = a.order == Order::kForwards    ? x
+                   : a.order == Order::kBackwards ? tiles - 1 - x
+                                                  : atomicAdd(&bins[bin], 1);
+    a.spans[at] = span;
   }
   if (threadIdx.x == 0) *a.count = tiles, *a.ticket = 0;
 }
@@ -168,7 +200,7 @@ __global__ void __launch_bounds__(256) narrow(const __grid_constant__ PlanArgs a
   pdl_wait();
   if (static_cast<int>(blockIdx.x) >= *a.count) return;
   Span& span = a.spans[blockIdx.x];
-  if (span.n < 0) return;
+  if (span.n < 0 || span.begin == span.end) return;
   const int* queries = p.segment_ids_q + (span.q_end - span.q_len);
   const int* keys = p.segment_ids_k + span.b * p.t + span.k_begin;
   const int *own = a.by_query ? queries : keys, *others = a.by_query ? keys : queries;
@@ -200,6 +232,7 @@ __global__ void __launch_bounds__(256) narrow(const __grid_constant__ PlanArgs a
   if (threadIdx.x == 0) {
     span.begin = min(first, last), span.end = last;
     span.compare = !(from == to && found == last - span.begin);
+    if (a.changes) count_visits(all, a, span);
   }
 }
 
@@ -212,7 +245,7 @@ cudaError_t plan_sequences(const flashjax::Problem& p, const PlanShape* shapes, 
       2 * p.b * (p.n + 1) > INT32_MAX)
     return cudaErrorInvalidConfiguration;
   PlanArgs a{};
-  a.p = p;
+  a.p = p, a.own = problem(p);
   char* at = static_cast<char*>(workspace);
   for (int i = 0; i < count; ++i) {
     const PlanShape& x = shapes[i];
@@ -224,7 +257,8 @@ cudaError_t plan_sequences(const flashjax::Problem& p, const PlanShape* shapes, 
     while (chunks > kBins) chunk *= 2, chunks = (p.b * others + chunk - 1) / chunk;
     const int64_t bound = x.by_query ? p.max_seqlen_k : p.max_seqlen_q;
     const int64_t longest = imax(bound < 0 ? others : imin(bound, others), 1);
-    y.by_query = x.by_query, y.size = x.size, y.padding = x.padding;
+    y.by_query = x.by_query, y.order = x.order, y.size = x.size, y.padding = x.padding;
+    y.changes = x.changes, y.changes_of_row = static_cast<int>(x.rows / 64);
     y.rows = static_cast<int>(x.by_query ? p.s : p.t);
     y.chunk = static_cast<int>(imin(chunk, INT32_MAX));
     y.classes = static_cast<int>(kBins / imax(chunks, 1));

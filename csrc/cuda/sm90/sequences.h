@@ -8,12 +8,17 @@
 namespace flashjax::sm90 {
 
 // What to plan: the tiles of `size` queries (else keys), and their order. Spans come in chunks of
-// `chunk` rows of the other operand; within a chunk those with most of it go first.
+// `chunk` rows of the other operand; within a chunk those with most of it go first, or last. Or
+// they come as they lie, from the front or from the back.
+enum class Order { kMostFirst, kMostLast, kForwards, kBackwards };
 struct PlanShape {
   bool by_query;
   int size;
   int64_t chunk;
-  int padding;  // rows to which each sequence of queries is padded where that is done
+  Order order = Order::kMostFirst;
+  int padding = 0;         // backward: rows to which each sequence of queries is padded
+  int* changes = nullptr;  // backward, of tiles of keys: as in BackwardArgs
+  int64_t rows = 0;        // likewise
 };
 
 // Where the tiles lie, in the workspace.
