@@ -61,6 +61,24 @@ LARGER = tuple(
     for d in (64, 128, 256)
     for name, options in (("plain", {}), ("scores", {"softcap": 5.0, "sinks": "normal"}))
 )
+PACKED = tuple(
+    Case(
+        f"packed-tiles-{d}",
+        "",
+        layout="packed",
+        b=1,
+        s=700,
+        t=700,
+        h=2,
+        g=1,
+        d=d,
+        dtype="bfloat16",
+        causal=True,
+        cu_q=(0, 300, 300, 310, 650),
+        segments="same" if d == 64 else None,
+    )
+    for d in (64, 128, 256)
+)
 HUGE = np.iinfo(np.int32).max
 # case, argument -> what stands in all its elements but the first
 BAD = (
@@ -69,6 +87,10 @@ BAD = (
     ("packed-causal-float32", {"cu_seqlens_q": 10**6}),
     ("packed-used-both-bfloat16", {"seqused_q": HUGE, "seqused_k": -1}),
     ("packed-used-both-bfloat16", {"seqused_q": -HUGE, "seqused_k": HUGE}),
+    ("packed-tiles-64", {"cu_seqlens_q": HUGE}),
+    ("packed-tiles-128", {"cu_seqlens_q": -HUGE}),
+    ("packed-tiles-128", {"cu_seqlens_q": 400}),
+    ("packed-tiles-256", {"cu_seqlens_q": -1}),
     ("cached-paged-bfloat16", {"page_table": HUGE}),
     ("cached-paged-bfloat16", {"page_table": -1, "cache_seqlens": HUGE}),
     ("cached-paged-float16", {"page_table": 10**6, "cache_seqlens": -5}),
@@ -112,10 +134,12 @@ def spoiled(inputs: Inputs, values: dict[str, int]) -> Inputs:
 
 def calls():
     """(name, case, inputs)"""
-    for case in (*(BY_ID[name] for name in CASES), *LARGER):
+    cases = {case.id: case for case in (*(BY_ID[name] for name in CASES), *LARGER, *PACKED)}
+    for case in cases.values():
         yield case.id, case, case.build()
     for name, values in BAD:
-        yield f"{name} with {values}", BY_ID[name], spoiled(BY_ID[name].build(), values)
+        case = cases.get(name) or BY_ID[name]
+        yield f"{name} with {values}", case, spoiled(case.build(), values)
 
 
 def run(which):
@@ -127,7 +151,7 @@ def run(which):
             results = function(case, inputs, "cuda")(arrays)
         else:
             dout_dlse = cotangents(case, case.build(), oracle.run(case, case.build()).lse)
-            results = differentiated(case, inputs, "cuda")(arrays, dout_dlse)
+            results = [differentiated(case, inputs, "cuda", deterministic=x)(arrays, dout_dlse) for x in (False, True)]
         jax.block_until_ready(results)
         print(f"ran {i}, {name}", flush=True)
 
@@ -176,6 +200,7 @@ def main():
     parser.add_argument("--tool", action="append", choices=list(TOOLS))
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--jobs", type=int, default=4, help="processes for each tool; the tools run side by side")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th call from the i-th on")
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--run", type=int, nargs="+", metavar="CALL", help="these calls alone, under no tool")
     args = parser.parse_args()
@@ -186,18 +211,20 @@ def main():
         raise SystemExit("compute-sanitizer is not on PATH")
     tools, start = args.tool or list(TOOLS), time.monotonic()
     names = [name for name, *_ in calls()]
+    part, parts = map(int, args.part.split("/"))
+    asked = range(part, len(names), parts)
     rows = []
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(64) as pool:
-        slices = [list(range(len(names)))[i :: args.jobs] for i in range(args.jobs)]
+        slices = [list(asked)[i :: args.jobs] for i in range(args.jobs)]
         running = {tool: [pool.submit(checked, tool, part, start + args.seconds) for part in slices] for tool in tools}
-        for tool, parts in running.items():
-            ran = {i for part in parts for i in part.result()[0]}
-            reports = [line for part in parts for line in part.result()[1]]
+        for tool, results in running.items():
+            ran = {i for result in results for i in result.result()[0]}
+            reports = [line for result in results for line in result.result()[1]]
             row = {
                 "tool": tool,
                 "finds_a_planted_fault": planted(tool, folder),
                 "calls": len(ran),
-                "not_run": [name for i, name in enumerate(names) if i not in ran],
+                "not_run": [names[i] for i in asked if i not in ran],
                 "seconds": round(time.monotonic() - start),
                 "reports": reports,
             }

@@ -3,6 +3,8 @@
 Gaps, unused tails, empty sequences and NaN outside of all of them come with each; options are drawn too.
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -80,6 +82,41 @@ def test_backward(case, compiled):
     expected, naive = (oracle.run(case, inputs, dout_dlse, naive=x) for x in (False, True))
     for name, grad in grads.items():
         oracle.compare(f"gradient of {name}", grad, expected.grads[name], naive.grads[name], expected.logit)
+
+
+MANY_BLOCKS = {  # more blocks than a GPU has multiprocessors, whose turns to add to dq differ
+    "causal": {"d": 128, "causal": True},
+    "full": {"d": 64},
+    "used-top-left": {"d": 128, "used_q": (1500, 0, 100, 130), "causal": True, "alignment": "top_left"},
+    "window": {"d": 128, "window": (300, 40)},
+    "segments": {"d": 64, "segments": "same", "causal": True},
+    "scores": {"d": 128, "softcap": 5.0, "causal": True},
+    "wide": {"d": 256, "causal": True},
+    "wide-window": {"d": 256, "window": (200, -1), "dtype": "float16"},
+}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="the order of additions is fixed where nothing runs at the same time")
+@pytest.mark.parametrize("options", MANY_BLOCKS.values(), ids=MANY_BLOCKS)
+def test_deterministic(options):
+    """The same bits in every run; and but for rounding the gradients of the other order."""
+    offsets = (0, 2000, 2000, 2700, 4096)
+    defaults = {"b": 1, "s": 4096, "t": 4096, "h": 8, "g": 4, "dtype": "bfloat16", "layout": "packed", "cu_q": offsets}
+    case = Case("many-blocks", "blocks that wait for each other", **(defaults | options))
+    inputs = case.build()
+    arrays = to_device(inputs.arrays)
+    dout = jax.random.normal(jax.random.key(1), (case.s, case.h, case.d), arrays["q"].dtype)
+    cotangent = dout, jnp.ones((case.h, case.s))
+    call = differentiated(case, inputs, "cuda", deterministic=True)
+    first = jax.tree.map(np.asarray, call(arrays, cotangent)[1])
+    for run in range(5):
+        again = call(arrays, cotangent)[1]
+        for name in first:
+            oracle.same_bits(again[name], first[name], f"gradient of {name}, run {run}")
+    other = differentiated(case, inputs, "cuda")(arrays, cotangent)[1]
+    for name in first:
+        x, y = (np.asarray(value, np.float64) for value in (first[name], other[name]))
+        assert np.linalg.norm(x - y) <= 1e-3 * np.linalg.norm(y), name
 
 
 @pytest.mark.skipif(not ON_GPU, reason="an error on the CPU, tested in test_errors.py")
