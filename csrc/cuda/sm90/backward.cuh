@@ -51,11 +51,13 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   const int64_t chunk =
       (int64_t{32} << 20) / (16 * D * std::max<int64_t>(near * p.h / std::max<int64_t>(p.g, 1), 1));
   // Queries in the order in which they are done. Deterministic, the key tiles of a sequence come
-  // one after the other.
-  const Order order = !p.deterministic      ? Order::kMostFirst
-                      : p.window_right >= 0 ? Order::kBackwards
-                                            : Order::kForwards;
-  PlanShape shapes[2] = {{false, N, chunk, order, M}, {true, M, chunk, Order::kMostLast, M}};
+  // one after the other, and so do the queries, over which dsinks is summed.
+  PlanShape shapes[2] = {{false, N, chunk, Order::kMostFirst, M},
+                         {true, M, chunk, Order::kMostLast, M}};
+  if (p.deterministic) {
+    shapes[0].order = p.window_right >= 0 ? Order::kBackwards : Order::kForwards;
+    shapes[1].order = Order::kForwards;
+  }
   const int64_t query_tiles = kSpan ? plan_tiles(p, shapes[1]) : (p.s + M - 1) / M;
   const int64_t blocks = (kSpan ? plan_tiles(p, shapes[0]) : nblocks * p.b) * p.g;
   if (heads == 0) return cudaSuccess;
