@@ -213,26 +213,26 @@ struct Forward {
       return Tile<kOneThread>(a, t);
   }
 
-  // Draws the tiles of sequences, and puts the Span of each, with its head and its blocks, to
-  // shared memory while the one before is worked on. Sections of heads, as with rows of one length,
-  // go through all spans. By a warp.
+  // Draws the tiles of sequences, each once the one before is begun, and puts its Span, with its
+  // head and its blocks, to shared memory. Sections of heads, as with rows of one length, go
+  // through all spans. By a warp.
   static DI void publish(const ForwardArgs& a, const Layout& x) {
     const int lane = threadIdx.x & 31;
     const int spans = *a.count, tiles = spans * a.p.h, per = a.group * spans;
     int t = blockIdx.x;
 #pragma unroll 1
     for (int round = 0;; round++) {
+      const u32 slot = round & 1, to = x.tickets + kSlot * slot;
+      mb_rest(x.t_empty + 8 * slot, ((round >> 1) & 1) ^ 1);
+      if (lane == 0 && round > 0) t = gridDim.x + atomicAdd(a.ticket, 1);
+      t = __shfl_sync(~0u, t, 0);
       const int section = t / per, r = t - section * per,
                 g = min(a.group, a.p.h - section * a.group);
-      const int n = r / g, slot = round & 1;
-      const u32 to = x.tickets + kSlot * slot;
-      const bool end = t >= tiles;
-      const int word = end ? 0 : ((const int*)(a.spans + n))[lane & 15];
-      mb_wait(x.t_empty + 8 * slot, ((round >> 1) & 1) ^ 1);
-      if (lane < 16) store_int(to + 4 * lane, word);
+      const int n = r / g, head = t < tiles ? section * a.group + r - n * g : -1;
+      if (head >= 0 && lane < 16) store_int(to + 4 * lane, ((const int*)(a.spans + n))[lane]);
       __syncwarp();
       if (lane == 0) {
-        store_int(to + __builtin_offsetof(Span, head), end ? -1 : section * a.group + r - n * g);
+        store_int(to + __builtin_offsetof(Span, head), head);
         const Tile<true> y(to);
         const int i0 = y.first(a.p);
         Blocks z = key_blocks<N>(a.p, y.diagonal(a.p), i0, min(i0 + M, y.q_len(a.p)), y.begin(a.p),
@@ -240,10 +240,8 @@ struct Forward {
         if (y.compare(a.p)) z.clear_end = 0;
         store_int4(to + sizeof(Span), make_int4(z.begin, z.end, z.clear_begin, z.clear_end));
         mb_arrive(x.t_full + 8 * slot);
-        if (!end) t = gridDim.x + atomicAdd(a.ticket, 1);
       }
-      if (end) break;
-      t = __shfl_sync(~0u, t, 0);
+      if (head < 0) break;
     }
   }
 

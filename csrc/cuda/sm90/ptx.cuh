@@ -61,6 +61,16 @@ DI void mb_wait(u32 b, u32 parity) {
       : "memory");
   jitter();
 }
+// For a wait that may last as long as a tile: asks less often.
+DI void mb_rest(u32 b, u32 parity) {
+  jitter();
+  asm volatile(
+      "{.reg .pred p; W: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1, %2; @p bra D; bra W;"
+      " D: }" ::"r"(b),
+      "r"(parity), "r"(1000000)
+      : "memory");
+  jitter();
+}
 // Ends the basic block, so that ptxas cannot move work across it: a wait that is skipped as long as
 // x >= 0. (An empty loop that is never taken is removed by ptxas.)
 DI void sched_fence(int x, u32 bar) {
