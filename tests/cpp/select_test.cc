@@ -39,8 +39,7 @@ void columns() {
     CHECK(picks({fwd, DType::kF16, 256, 256, x | kSinks}, 90, "sm90_fwd_f16_256_seq"));
     CHECK(picks({fwd, bf16, 192, 128, uint32_t{x} | kBias}, 90, "sm90_fwd_bf16_192_128_scores"));
     if (x == kBatchIdx) continue;
-    CHECK(picks({bwd, bf16, 128, 128, x | kWindow | kDeterministic}, 90,
-                x == kSegments ? "simt_bwd_bf16" : "upstream_bwd_bf16_128"));
+    CHECK(picks({bwd, bf16, 128, 128, x | kWindow | kDeterministic}, 90, "sm90_bwd_bf16_128_seq"));
     CHECK(picks({bwd, bf16, 64, 64, x | kSinks}, 90, "sm90_bwd_bf16_64_seq"));
     CHECK(picks({bwd, DType::kF16, 128, 128, x | kWindow}, 90, "sm90_bwd_f16_128_seq"));
     CHECK(picks({bwd, bf16, 256, 256, uint32_t{x} | kSoftcap}, 90, "sm90_bwd_bf16_256_scores"));
@@ -67,7 +66,7 @@ void columns() {
   CHECK(picks({fwd, f32, 512, 512, kEverything}, 90, "simt_fwd_f32"));
   CHECK(picks({bwd, bf16, 128, 128, kDeterministic}, 90, "sm90_bwd_bf16_128"));
   CHECK(picks({bwd, bf16, 256, 256, kDense}, 90, "sm90_bwd_bf16_256"));
-  CHECK(picks({bwd, bf16, 64, 64, kSoftcap | kDeterministic}, 90, "upstream_bwd_bf16_64"));
+  CHECK(picks({bwd, bf16, 64, 64, kSoftcap | kDeterministic}, 90, "sm90_bwd_bf16_64_scores"));
   CHECK(says({fwd, f32, 513, 64, 0}, 90, "d = 513"));
   CHECK(says({fwd, f32, 513, 64, 0}, 90, "simt_fwd_f32"));
   CHECK(says({fwd, f32, 0, 64, 0}, 90, "d = 0"));
