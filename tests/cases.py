@@ -420,6 +420,12 @@ def _dense():
         d=64,
         window=(20, 10),
     )
+    # The forward's other tiles on Hopper, which take more than one to a multiprocessor.
+    tall = dict(b=5, h=14, g=7, d=128, dtype="bfloat16")
+    yield Case("many-heads-tall", "tiles of 192 queries", **tall, s=190, t=210)
+    yield Case("many-heads-tall-causal", "as before, whose rows end in three blocks", **tall, s=190, t=270, causal=True)
+    yield Case("many-heads-tall-window", "as before, with rows without keys", **tall, s=190, t=150, window=(40, 0))
+    yield Case("many-heads-short", "tiles of 128 queries", **tall, s=120, t=200, causal=True)
     yield Case("heads-8-2-bfloat16", "key gradients of a group add up before they round", h=8, t=65, dtype="bfloat16")
 
     yield Case("align-right-long-k", "bottom-right: query 0 already sees t - s + 1 keys", s=37, t=91, causal=True)

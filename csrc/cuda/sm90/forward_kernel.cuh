@@ -11,27 +11,33 @@ struct ForwardArgs {
   float* lse;                 // [b, h, s], natural logarithm
   u32* out;                   // pairs of 16-bit values; used only for rows of tiles that see no key
   int mblocks, tiles, group;  // query blocks of a head; tiles in all; heads of an L2 section
-  int ratio;                  // query heads of a key head
-  float scale;                // p.scale * log2(e)
-  int* ticket;                // zeroed; null: tiles go round
-  const Span* spans;          // of sequences: the tiles, in order, and how many there are
+  int sections, rest;         // whole sections; heads of the one after them
+  Divider by_section, by_group, by_rest, by_h;
+  Divider by_ratio;   // query heads of a key head
+  float scale;        // p.scale * log2(e)
+  int* ticket;        // zeroed; null: tiles go round
+  const Span* spans;  // of sequences: the tiles, in order, and how many there are
   const int* count;
 };
 
 // How a kernel is made. What each option is worth is in docs/kernels/sm90-forward.md.
 enum : int {
-  kPingPong = 1,  // named barriers order the warpgroups' matrix work
-  kOwnOut = 2,    // out has its own buffer in shared memory instead of q's
-  kQInRegs = 4,   // q lives in registers
-  kTickets = 8,   // tiles are drawn, not dealt
-  kMasks = 32,    // windows (else every pair is visible but for the tail of the keys)
-  kSpans = 64,    // sequences in the rows, and segment ids
-  kScores = 128,  // softcap, bias, alibi
+  kOnce = 1,     // each CTA has one tile
+  kOwnOut = 2,   // out has its own buffer in shared memory instead of q's
+  kQInRegs = 4,  // q lives in registers
+  kTickets = 8,  // tiles are drawn, not dealt
+  kMasks = 16,   // windows (else every pair is visible but for the tail of the keys)
+  kSpans = 32,   // sequences in the rows, and segment ids
+  kScores = 64,  // softcap, bias, alibi
 };
 
 // What was best for a head dim and a kind of problem.
-constexpr int forward_options(int d, int e, int n, bool masks, bool spans, bool scores) {
-  int x = (masks ? kMasks | kTickets : 0) | (spans ? kSpans : 0) | (scores ? kScores : 0);
+constexpr int forward_options(int d, int e, int m, int n, bool masks, bool spans, bool scores) {
+  int x = (masks ? kMasks : 0) | (spans ? kSpans : 0) | (scores ? kScores : 0);
+  if (m == 64)
+    x |= kOnce;
+  else if (masks)
+    x |= kTickets;
   if (e <= 128) x |= kOwnOut;
   if (d == 128 && n == 128 && !scores) x |= kQInRegs;
   return x;
@@ -42,10 +48,10 @@ struct Forward {
   static constexpr int kGroups = M / 64, kStages = 2, kThreads = 128 * (kGroups + 1);
   static constexpr int kQBytes = M * D * 2, kOBytes = M * E * 2, kKBytes = N * D * 2,
                        kVBytes = N * E * 2;
-  static constexpr int kConsumerRegs = kGroups == 2 ? 232 : 160,
-                       kProducerRegs = kGroups == 2 ? 40 : 32;
-  static constexpr bool kPP = kOptions & kPingPong, kSepO = kOptions & kOwnOut,
-                        kQReg = kOptions & kQInRegs, kDyn = kOptions & kTickets,
+  static constexpr int kConsumerRegs = kGroups < 3 ? 232 : 160,
+                       kProducerRegs = kGroups < 3 ? 40 : 32;
+  static constexpr bool kSepO = kOptions & kOwnOut, kQReg = kOptions & kQInRegs,
+                        kDyn = kOptions & kTickets, kOne = kOptions & kOnce,
                         kMask = kOptions & kMasks, kSpan = kOptions & kSpans,
                         kScore = kOptions & kScores;
   static constexpr int kChunks = N / 8;  // of 8 columns of S
@@ -57,8 +63,8 @@ struct Forward {
   static constexpr int kLag = 2;  // chunks between an exponential and its addition to the row sum
   static constexpr int kSmem =
       kQBytes + (kSepO ? kOBytes : 0) + kStages * (kKBytes + kVBytes) + 384 + 1024;
-  static constexpr int kSlot = 80;                 // a tile's Span and Blocks, or its number
-  static constexpr int kBarTurn = 1, kBarOut = 4;  // named barriers, one a warpgroup
+  static constexpr int kSlot = 80;   // a tile's Span and Blocks, or its number
+  static constexpr int kBarOut = 1;  // named barriers, one a warpgroup
   static_assert(kSepO || E <= D);
   static_assert(!kSpan || (kDyn && kMask));
 
@@ -81,11 +87,15 @@ struct Forward {
     using Base = Rows<kSpan, kOneThread>;
     using Base::dense_first, Base::span, Base::load;
     DI Tile(const ForwardArgs& a, int t) {
-      int per = a.group * a.mblocks, section = t / per, r = t - section * per;
-      int g = min(a.group, a.p.b * a.p.h - section * a.group);
-      int x = r / g, bh = section * a.group + r - x * g;
+      int section = a.by_section(t), r = t - section * a.group * a.mblocks;
+      int x = r, bh = section;  // without masks a section is a head
+      if constexpr (kMask) {
+        const bool last = section == a.sections;
+        x = (last ? a.by_rest : a.by_group)(r);
+        bh = section * a.group + r - x * (last ? a.rest : a.group);
+      }
       dense_first = (kMask ? a.mblocks - 1 - x : x) * M;  // the longest first
-      this->dense_b = bh / a.p.h;
+      this->dense_b = a.by_h(bh);
       this->dense_head = bh - this->dense_b * a.p.h;
     }
     DI explicit Tile(u32 at) { span = at; }
@@ -115,6 +125,8 @@ struct Forward {
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7,
                                0);  // uniform, which keeps descriptors in uniform registers
+    if (threadIdx.x == 32)
+      prefetch_map(&mk), prefetch_map(&mq), prefetch_map(&mv), prefetch_map(&mo);
     if (threadIdx.x == 0) {
       mb_init(x.q_full, 1);
       mb_init(x.q_empty, kGroups);
@@ -143,7 +155,6 @@ struct Forward {
 
   static DI void produce(const TMap& mq, const TMap& mk, const TMap& mv, const ForwardArgs& a,
                          const Layout& x) {
-    prefetch_map(&mq), prefetch_map(&mk), prefetch_map(&mv);
     int it = 0, w = 0, round = 0;
     int t = blockIdx.x;
     auto load_k = [&](int i, int row, int h, int box) {
@@ -183,11 +194,11 @@ struct Forward {
       }
       const Tile<true> tile = tile_of<true>(a, x.tickets, slot, t);
       const Blocks n = tile.blocks(a.p);
-      const int h = tile.head(a.p), hk = h / a.ratio, k0 = tile.k_row(a.p, 0),
+      const int h = tile.head(a.p), hk = a.by_ratio(h), k0 = tile.k_row(a.p, 0),
                 box = tile.k_box(a.p);
       const int q0 = tile.q_row(a.p, tile.first(a.p)), q_box = tile.q_box(a.p);
       if (kSpan) mb_arrive(x.t_empty + 8 * slot);
-      t = next;
+      t = kOne ? a.tiles : next;
       if (n.begin >= n.end) continue;
       load_k(it, k0 + (n.end - 1) * N, hk, box);
       mb_wait(x.q_empty, (w & 1) ^ 1);
@@ -272,7 +283,6 @@ struct Forward {
     u32 pb[N / 4], qf[kQReg ? D / 4 : 1];
     const u32 dq = desc_lo(x.q + cw * 8192, 16), dk = desc_lo(x.k, 16), dv = desc_lo(x.v, N * 128);
     int st = 0, ph = 0, round = 0;  // st, ph: stage and parity of the newest K block
-    if (kPP && cw == 0) bar_arrive(kBarTurn, 256);
 
     auto issue_qk = [&](int st) {
       const u32 lo = dk + st * (kKBytes >> 4);
@@ -312,7 +322,7 @@ struct Forward {
       }
       if (!kSpan && t >= a.tiles) break;
       const Tile<> tile = tile_of<false>(a, x.tickets, slot, t);
-      t += gridDim.x;
+      t = kOne ? a.tiles : t + gridDim.x;
       auto done = [&]() {  // nobody of this warp reads the Span any more
         if constexpr (kSpan) {
           __syncwarp();
@@ -455,7 +465,7 @@ struct Forward {
           if (elect) mb_arrive(x.q_empty);
         }
       }
-      if (kMask && !kPP && p.right >= 0) {
+      if (kMask && p.right >= 0) {
         // Blocks that only later rows of the tile see: they are handed straight back.
         const int last = min(tile.first(p) + (cw + 1) * 64, tile.q_len(p));
         const int end = (last + tile.diagonal(p) + p.right + N - 1) / N;
@@ -496,14 +506,12 @@ struct Forward {
         const int sv = st, pv = ph;  // PV lags QK by one block
         if (++st == kStages) st = 0, ph ^= 1;
         mb_wait(x.k_full + 8 * st, ph);
-        if (kPP) bar_sync(kBarTurn + cw, 256);
         pin(s), pin(o);
         wg_fence();
         issue_qk(st);
         mb_wait(x.v_full + 8 * sv, pv);
         wg_fence();
         issue_pv(sv);
-        if (kPP) bar_arrive(kBarTurn + (cw + 1) % kGroups, 256);
         wg_wait<1>();
         pin(s);
         if (elect) mb_arrive(x.k_empty + 8 * st);
@@ -543,7 +551,7 @@ struct Forward {
             top = most;
           }
         }
-        inv[hh] = r > 0.f ? keep / r : r;  // a NaN stays one
+        inv[hh] = r > 0.f ? keep * rcp(r) : r;  // a NaN stays one
         put_lse(row() + 8 * hh, r == 0.f ? -infinity() : (top + lg2(r)) * kLn2);
       }
       if constexpr (kSepO) {  // the previous tile's out must have left its buffer
@@ -577,7 +585,8 @@ struct Forward {
       }
       done();
     }
-    if (elect) bulk_wait<0>();
+    // What is still on its way arrives before the grid has ended.
+    if (elect) bulk_wait_read<0>();
   }
 };
 

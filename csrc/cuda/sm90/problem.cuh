@@ -5,6 +5,19 @@
 
 namespace flashjax::sm90 {
 
+// n / d for 0 <= n < 2^31 and 0 < d < 2^31, by a product: on the way to a first tile divisions are
+// slow.
+struct Divider {
+  u32 factor;
+  int shift;
+  Divider() = default;
+  explicit Divider(int d) : shift(31) {
+    while (u64{1} << (shift - 31) < static_cast<u64>(d)) shift++;
+    factor = static_cast<u32>((u64{1} << shift) / d + 1);
+  }
+  DI int operator()(int n) const { return (int)(((u64)(u32)n * factor) >> shift); }
+};
+
 struct Problem {
   int b, s, t, h, g, e;                              // as in params.h; all of them below 2^30
   int left, right;                                   // window; -1: unbounded. At most 2^30
