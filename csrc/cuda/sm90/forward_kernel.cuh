@@ -9,7 +9,7 @@ namespace flashjax::sm90 {
 struct ForwardArgs {
   Problem p;
   float* lse;                 // [b, h, s], natural logarithm
-  u32* out;                   // pairs of 16-bit values; used only for rows of tiles that see no key
+  u32* out;                   // pairs of 16-bit values, for what does not leave by TMA
   int mblocks, tiles, group;  // query blocks of a head; tiles in all; heads of an L2 section
   int sections, rest;         // whole sections; heads of the one after them
   Divider by_section, by_group, by_rest, by_h;
@@ -23,7 +23,7 @@ struct ForwardArgs {
 // How a kernel is made. What each option is worth is in docs/kernels/sm90-forward.md.
 enum : int {
   kOnce = 1,     // each CTA has one tile
-  kOwnOut = 2,   // out has its own buffer in shared memory instead of q's
+  kOwnOut = 2,   // out has its own buffer in shared memory (else it leaves straight from registers)
   kQInRegs = 4,  // q lives in registers
   kTickets = 8,  // tiles are drawn, not dealt
   kMasks = 16,   // windows (else every pair is visible but for the tail of the keys)
@@ -43,6 +43,12 @@ constexpr int forward_options(int d, int e, int m, int n, bool masks, bool spans
   return x;
 }
 
+// A number of keys, as an argument.
+template <int N>
+struct Width {
+  static constexpr int value = N;
+};
+
 template <bool F16, int D, int E, int M, int N, int kOptions>
 struct Forward {
   static constexpr int kGroups = M / 64, kStages = 2, kThreads = 128 * (kGroups + 1);
@@ -61,11 +67,18 @@ struct Forward {
   // the backward takes any difference for a gradient); the reference of a row without a key.
   static constexpr float kFar = 8.f, kNear = 2.f, kNothing = -1e38f;
   static constexpr int kLag = 2;  // chunks between an exponential and its addition to the row sum
-  static constexpr int kSmem =
-      kQBytes + (kSepO ? kOBytes : 0) + kStages * (kKBytes + kVBytes) + 384 + 1024;
+  static constexpr int kRest = (kSepO ? kOBytes : 0) + kStages * (kKBytes + kVBytes) + 384 + 1024;
+  // The next tile's first product is issued under the end of this one. Before it a warpgroup may
+  // hand back one block but not two: the stage of the second's V is still in use.
+  static constexpr bool kAhead =
+      kDyn && !kSpan && kSepO && M - 64 <= N && (kQReg || 2 * kQBytes + kRest <= 227 * 1024);
+  // A warpgroup that sees no more than half of its first block computes no more.
+  static constexpr bool kHalves = kAhead && kQReg;
+  static constexpr int kHalf = kHalves ? N / 2 : N;
+  static constexpr int kQBufs = kAhead && !kQReg ? 2 : 1;
+  static constexpr int kSmem = kQBufs * kQBytes + kRest;
   static constexpr int kSlot = 80;   // a tile's Span and Blocks, or its number
   static constexpr int kBarOut = 1;  // named barriers, one a warpgroup
-  static_assert(kSepO || E <= D);
   static_assert(!kSpan || (kDyn && kMask));
 
   // Shared memory from an aligned base: q, k, v stages[, out], barriers.
@@ -73,9 +86,9 @@ struct Forward {
     u32 q, k, v, o;
     u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, t_full, t_empty, tickets;
     DI explicit Layout(u32 base) {
-      q = base, k = q + kQBytes, v = k + kStages * kKBytes, o = kSepO ? v + kStages * kVBytes : q;
+      q = base, k = q + kQBufs * kQBytes, v = k + kStages * kKBytes, o = v + kStages * kVBytes;
       tickets = v + kStages * kVBytes + (kSepO ? kOBytes : 0);
-      q_full = tickets + 2 * kSlot, q_empty = q_full + 8, k_full = q_full + 16,
+      q_full = tickets + 2 * kSlot, q_empty = q_full + 16, k_full = q_empty + 16,
       k_empty = k_full + 8 * kStages;
       v_full = k_empty + 8 * kStages, v_empty = v_full + 8 * kStages;
       t_full = v_empty + 8 * kStages, t_empty = t_full + 16;
@@ -128,8 +141,8 @@ struct Forward {
     if (threadIdx.x == 32)
       prefetch_map(&mk), prefetch_map(&mq), prefetch_map(&mv), prefetch_map(&mo);
     if (threadIdx.x == 0) {
-      mb_init(x.q_full, 1);
-      mb_init(x.q_empty, kGroups);
+      for (int i = 0; i < kQBufs; i++)
+        mb_init(x.q_full + 8 * i, 1), mb_init(x.q_empty + 8 * i, kGroups);
       for (int i = 0; i < kStages; i++) {
         mb_init(x.k_full + 8 * i, 1), mb_init(x.k_empty + 8 * i, kGroups);
         mb_init(x.v_full + 8 * i, 1), mb_init(x.v_empty + 8 * i, kGroups);
@@ -201,12 +214,14 @@ struct Forward {
       t = kOne ? a.tiles : next;
       if (n.begin >= n.end) continue;
       load_k(it, k0 + (n.end - 1) * N, hk, box);
-      mb_wait(x.q_empty, (w & 1) ^ 1);
+      const int qb = w % kQBufs;
+      mb_wait(x.q_empty + 8 * qb, ((w / kQBufs) & 1) ^ 1);
       w++;
-      mb_expect(x.q_full, kQBytes);
+      mb_expect(x.q_full + 8 * qb, kQBytes);
 #pragma unroll
       for (int c = 0; c < D / 64; c++)
-        tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, q0, h, q_box, kEvictFirst);
+        tma_load(x.q + qb * kQBytes + c * M * 128, &mq, x.q_full + 8 * qb, c * 64, q0, h, q_box,
+                 kEvictFirst);
 #pragma unroll 1
       for (int j = n.end - 2; j >= n.begin; j--, it++) {
         load_k(it + 1, k0 + j * N, hk, box);
@@ -282,69 +297,80 @@ struct Forward {
     float o[E / 2], s[N / 2], ref[2], sum[2];
     u32 pb[N / 4], qf[kQReg ? D / 4 : 1];
     const u32 dq = desc_lo(x.q + cw * 8192, 16), dk = desc_lo(x.k, 16), dv = desc_lo(x.v, N * 128);
-    int st = 0, ph = 0, round = 0;  // st, ph: stage and parity of the newest K block
+    int st = 0, ph = 0;  // stage and parity of the newest K block
+    int t = blockIdx.x, round = 0,
+        slot = 0;       // the tile, how many were drawn, and where its Span is
+    int w = 0, qb = 0;  // tiles with keys so far, and the buffer of Q
+    Tile<> tile(0u);
+    Blocks blocks{};
+    int n = 0;          // the block
+    bool half = false;  // this warpgroup sees no more than half of its first block
 
-    auto issue_qk = [&](int st) {
+    auto issue_qk = [&](int st, auto width) {
+      constexpr int kWidth = decltype(width)::value;
+      float (&first)[kWidth / 2] = reinterpret_cast<float (&)[kWidth / 2]>(s);
       const u32 lo = dk + st * (kKBytes >> 4);
 #pragma unroll
       for (int k = 0; k < D / 16; k++) {
         u64 b = desc(lo + (((k / 4) * N * 128 + (k % 4) * 32) >> 4));
         if constexpr (kQReg)
-          Wgmma<N, F16>::template rs<0>(s, qf[4 * k], qf[4 * k + 1], qf[4 * k + 2], qf[4 * k + 3],
-                                        b, k > 0);
+          Wgmma<kWidth, F16>::template rs<0>(first, qf[4 * k], qf[4 * k + 1], qf[4 * k + 2],
+                                             qf[4 * k + 3], b, k > 0);
         else
-          Wgmma<N, F16>::template ss<0, 0>(s, desc(dq + (((k / 4) * M * 128 + (k % 4) * 32) >> 4)),
-                                           b, k > 0);
+          Wgmma<kWidth, F16>::template ss<0, 0>(
+              first, desc(dq + ((qb * kQBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4)), b, k > 0);
       }
       wg_commit();
     };
-    auto issue_pv = [&](int st) {
+    auto issue_pv = [&](int st, auto width) {
       const u32 lo = dv + st * (kVBytes >> 4);
 #pragma unroll
-      for (int k = 0; k < N / 16; k++)
+      for (int k = 0; k < decltype(width)::value / 16; k++)
         Wgmma<E, F16>::template rs<1>(o, pb[4 * k], pb[4 * k + 1], pb[4 * k + 2], pb[4 * k + 3],
                                       desc(lo + k * (2048 >> 4)), 1);
       wg_commit();
     };
-    int t = blockIdx.x;
-#pragma unroll 1
-    while (true) {
-      const int slot = round & 1;
-      if constexpr (kDyn) {
-        mb_wait(x.t_full + 8 * slot, (round >> 1) & 1);
-        if constexpr (kSpan) {
-          if (Tile<>(x.tickets + kSlot * slot).head(p) < 0) break;
-        } else {
-          t = __shfl_sync(~0u, load_int(x.tickets + kSlot * slot), 0);
-          if (lane == 0) mb_arrive(x.t_empty + 8 * slot);
-        }
-        round = (round & 4) | ((round + 1) & 3);
-      }
-      if (!kSpan && t >= a.tiles) break;
-      const Tile<> tile = tile_of<false>(a, x.tickets, slot, t);
-      t = kOne ? a.tiles : t + gridDim.x;
-      auto done = [&]() {  // nobody of this warp reads the Span any more
-        if constexpr (kSpan) {
-          __syncwarp();
-          if (lane == 0) mb_arrive(x.t_empty + 8 * slot);
-        }
-        // Else the compiler takes the warp for divided from here on, and keeps no loop state or
-        // matrix descriptor in uniform registers.
+    auto done = [&]() {  // nobody of this warp reads the Span any more
+      if constexpr (kSpan) {
         __syncwarp();
-      };
-      const Blocks blocks = tile.blocks(p);
-      int n = blocks.end - 1;
-      // This thread's rows: row() and row() + 8.
-      auto row = [&]() { return tile.first(p) + ((int)threadIdx.x - 128) / 32 * 16 + (lane >> 2); };
-      const float sink = p.sinks && tile.n(p) >= 0
-                             ? p.sinks[tile.b(p) * p.sinks_b + tile.head(p)] * kLog2E
-                             : -infinity();
-      auto put_lse = [&](int row, float value) {
-        const int q_len = tile.q_len(p), b = tile.b(p), in_row = tile.q_end(p) - q_len - b * p.s;
-        float* lse = a.lse + ((long long)b * p.h + tile.head(p)) * p.s + in_row;
-        if ((lane & 3) == 0 && row < q_len) lse[row] = value;
-      };
-      if (blocks.begin >= blocks.end) {  // no key for any row of the tile
+        if (lane == 0) mb_arrive(x.t_empty + 8 * slot);
+      }
+      // Else the compiler takes the warp for divided from here on, and keeps no loop state or
+      // matrix descriptor in uniform registers.
+      __syncwarp();
+    };
+    // This thread's rows: row() and row() + 8.
+    auto row = [&]() { return tile.first(p) + ((int)threadIdx.x - 128) / 32 * 16 + (lane >> 2); };
+    auto sink = [&]() {
+      return p.sinks && tile.n(p) >= 0 ? p.sinks[tile.b(p) * p.sinks_b + tile.head(p)] * kLog2E
+                                       : -infinity();
+    };
+    auto put_lse = [&](int row, float value) {
+      const int q_len = tile.q_len(p), b = tile.b(p), in_row = tile.q_end(p) - q_len - b * p.s;
+      float* lse = a.lse + ((long long)b * p.h + tile.head(p)) * p.s + in_row;
+      if ((lane & 3) == 0 && row < q_len) lse[row] = value;
+    };
+    // The next tile that has keys: Q and its first block of K have landed. False: there is none.
+    auto take = [&]() {
+#pragma unroll 1
+      while (true) {
+        if constexpr (kDyn) {
+          slot = round & 1;
+          mb_wait(x.t_full + 8 * slot, (round >> 1) & 1);
+          if constexpr (kSpan) {
+            if (Tile<>(x.tickets + kSlot * slot).head(p) < 0) return false;
+          } else {
+            t = __shfl_sync(~0u, load_int(x.tickets + kSlot * slot), 0);
+            if (lane == 0) mb_arrive(x.t_empty + 8 * slot);
+          }
+          round++;
+        }
+        if (!kSpan && t >= a.tiles) return false;
+        tile = tile_of<false>(a, x.tickets, slot, t);
+        t = kOne ? a.tiles : t + gridDim.x;
+        blocks = tile.blocks(p);
+        if (blocks.begin < blocks.end) break;
+        // No key for any row of the tile.
         const int q_len = tile.q_len(p), q_begin = tile.q_end(p) - q_len, h = tile.head(p);
         const int first = tile.first(p) + cw * 64;
         for (int i = threadIdx.x & 127; i < 64 * p.e / 2; i += 128) {
@@ -352,10 +378,108 @@ struct Forward {
           if (at < q_len)
             a.out[((long long)(q_begin + at) * p.h + h) * (p.e / 2) + i % (p.e / 2)] = 0;
         }
-        for (int hh = 0; hh < 2; hh++) put_lse(row() + 8 * hh, sink * kLn2);
+        for (int hh = 0; hh < 2; hh++) put_lse(row() + 8 * hh, sink() * kLn2);
         done();
-        continue;
       }
+      n = blocks.end - 1;
+      qb = w % kQBufs;
+      mb_wait(x.q_full + 8 * qb, (w / kQBufs) & 1);
+      w++;
+      if constexpr (kQReg) {
+        int rr = (lane & 7) + ((lane >> 3) & 1) * 8;
+        u32 ro = x.q + (cw * 64 + warp * 16 + rr) * 128;
+#pragma unroll
+        for (int k = 0; k < D / 16; k++)
+          ldmatrix4(ro + (k / 4) * M * 128 + (((2 * (k % 4) + (lane >> 4)) ^ (rr & 7)) << 4),
+                    qf[4 * k], qf[4 * k + 1], qf[4 * k + 2], qf[4 * k + 3]);
+        fence_async();
+        bar_sync(kBarOut + cw, 128);
+        if (elect) mb_arrive(x.q_empty);
+      }
+      int seen = tile.end(p);  // keys that a row of this warpgroup sees lie before this one
+      if (kMask && p.right >= 0) {
+        // Blocks that only later rows of the tile see: they are handed straight back.
+        const int last = min(tile.first(p) + (cw + 1) * 64, tile.q_len(p));
+        seen = min(seen, last + tile.diagonal(p) + p.right);
+        const int end = (seen + N - 1) / N;
+#pragma unroll 1
+        for (; n >= max(end, blocks.begin + 1); n--) {
+          mb_wait(x.k_full + 8 * st, ph);
+          mb_wait(x.v_full + 8 * st, ph);
+          // All four warps must have seen this phase before it can be followed by two more: parity
+          // alone cannot tell them apart, and no wgmma keeps the warps together here.
+          bar_sync(kBarOut + cw, 128);
+          if (elect) mb_arrive(x.k_empty + 8 * st), mb_arrive(x.v_empty + 8 * st);
+          if (++st == kStages) st = 0, ph ^= 1;
+        }
+      }
+      half = kHalves && seen - n * N <= kHalf;
+      mb_wait(x.k_full + 8 * st, ph);
+      return true;
+    };
+    // Of the tile whose last product is under way: where out goes (without TMA, for how many rows),
+    // the stage of V, and what out is multiplied by.
+    int to = 0, h = 0, box = 0, rows = 0, last_v = 0;
+    float inv[2];
+    auto put_out = [&]() {
+      if constexpr (kSepO) {  // the previous tile's out must have left its buffer
+        if (elect) bulk_wait_read<0>();
+        bar_sync(kBarOut + cw, 128);
+      }
+      pin(o);
+      if (elect) mb_arrive(x.v_empty + 8 * last_v);
+      if constexpr (kSepO) {
+        int rr = (lane & 7) + ((lane >> 3) & 1) * 8;
+        u32 ro = x.o + (cw * 64 + warp * 16 + rr) * 128;
+#pragma unroll
+        for (int k = 0; k < E / 16; k++)
+          stmatrix4(ro + (k / 4) * M * 128 + (((2 * (k % 4) + (lane >> 4)) ^ (rr & 7)) << 4),
+                    pack<F16>(o[8 * k] * inv[0], o[8 * k + 1] * inv[0]),
+                    pack<F16>(o[8 * k + 2] * inv[1], o[8 * k + 3] * inv[1]),
+                    pack<F16>(o[8 * k + 4] * inv[0], o[8 * k + 5] * inv[0]),
+                    pack<F16>(o[8 * k + 6] * inv[1], o[8 * k + 7] * inv[1]));
+        fence_async();
+        bar_sync(kBarOut + cw, 128);
+        if (elect) {
+#pragma unroll
+          for (int k = 0; k < E / 64; k++)
+            tma_store(&mo, x.o + k * M * 128 + cw * 8192, k * 64, to, h, box);
+          bulk_commit();
+        }
+        __syncwarp();
+      } else {  // no buffer: straight from the registers
+#pragma unroll
+        for (int hh = 0; hh < 2; hh++) {
+          uint4* at =
+              (uint4*)(a.out + ((long long)(to + 8 * hh) * p.h + h) * (p.e / 2)) + (lane & 3);
+#pragma unroll
+          for (int j = 0; j < E / 32; j++) {
+            u32 v[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+              v[k] = pack<F16>(o[16 * j + 4 * k + 2 * hh] * inv[hh],
+                               o[16 * j + 4 * k + 2 * hh + 1] * inv[hh]);
+            transpose_quad(v, lane & 3);
+            if (8 * hh < rows && 32 * j + 8 * (lane & 3) < p.e)
+              at[4 * j] = make_uint4(v[0], v[1], v[2], v[3]);
+          }
+        }
+      }
+    };
+    // A tile's first product, issued before the end of the tile before it (`out`) or alone.
+    auto first_qk = [&](auto width, bool out) {
+      constexpr int kWidth = decltype(width)::value;
+      pin(s);
+      wg_fence();
+      issue_qk(st, Width<kWidth>{});
+      if (out) wg_wait<1>(), put_out();
+      wg_wait<0>();
+      pin(s);
+    };
+    bool more = take();
+    if (kAhead && more) first_qk(Width<N>{}, false);
+#pragma unroll 1
+    while (more) {
       auto mask = [&](int n) {
         const int c0 = n * N + 2 * (lane & 3);
         const int row0 = row(), diagonal = tile.diagonal(p), begin = tile.begin(p),
@@ -450,42 +574,7 @@ struct Forward {
 #pragma unroll
         for (int i = 0; i < N / 4; i++) pb[i] = pack<F16>(s[2 * i], s[2 * i + 1]);
       };
-      mb_wait(x.q_full, (round >> 2) & 1);
-      round ^= 4;
-      if constexpr (kQReg) {
-        int rr = (lane & 7) + ((lane >> 3) & 1) * 8;
-        u32 ro = x.q + (cw * 64 + warp * 16 + rr) * 128;
-#pragma unroll
-        for (int k = 0; k < D / 16; k++)
-          ldmatrix4(ro + (k / 4) * M * 128 + (((2 * (k % 4) + (lane >> 4)) ^ (rr & 7)) << 4),
-                    qf[4 * k], qf[4 * k + 1], qf[4 * k + 2], qf[4 * k + 3]);
-        if constexpr (kSepO) {
-          fence_async();
-          bar_sync(kBarOut + cw, 128);
-          if (elect) mb_arrive(x.q_empty);
-        }
-      }
-      if (kMask && p.right >= 0) {
-        // Blocks that only later rows of the tile see: they are handed straight back.
-        const int last = min(tile.first(p) + (cw + 1) * 64, tile.q_len(p));
-        const int end = (last + tile.diagonal(p) + p.right + N - 1) / N;
-#pragma unroll 1
-        for (; n >= max(end, blocks.begin + 1); n--) {
-          mb_wait(x.k_full + 8 * st, ph);
-          mb_wait(x.v_full + 8 * st, ph);
-          // All four warps must have seen this phase before it can be followed by two more: parity
-          // alone cannot tell them apart, and no wgmma keeps the warps together here.
-          bar_sync(kBarOut + cw, 128);
-          if (elect) mb_arrive(x.k_empty + 8 * st), mb_arrive(x.v_empty + 8 * st);
-          if (++st == kStages) st = 0, ph ^= 1;
-        }
-      }
-      mb_wait(x.k_full + 8 * st, ph);
-      pin(s);
-      wg_fence();
-      issue_qk(st);
-      wg_wait<0>();
-      pin(s);
+      if (!kAhead) first_qk(Width<N>{}, false);
       if (elect) mb_arrive(x.k_empty + 8 * st);
       transform(n);
       if (tile.masked(blocks, n)) mask(n);
@@ -501,17 +590,17 @@ struct Forward {
           for (int i = 0; i < E / 2; i++) o[i] *= shrink[i / 2 % 2];
         }
       };
-      auto step = [&]() {
+      auto step = [&](auto width) {
         rescale();
         const int sv = st, pv = ph;  // PV lags QK by one block
         if (++st == kStages) st = 0, ph ^= 1;
         mb_wait(x.k_full + 8 * st, ph);
         pin(s), pin(o);
         wg_fence();
-        issue_qk(st);
+        issue_qk(st, Width<N>{});
         mb_wait(x.v_full + 8 * sv, pv);
         wg_fence();
-        issue_pv(sv);
+        issue_pv(sv, width);
         wg_wait<1>();
         pin(s);
         if (elect) mb_arrive(x.k_empty + 8 * st);
@@ -527,16 +616,16 @@ struct Forward {
         to_p();
         n--;
       };
+      if (half && n >= blocks.begin) step(Width<kHalf>{});
 #pragma unroll 1
-      while (n >= blocks.begin) step();
+      while (n >= blocks.begin) step(Width<N>{});
 
-      if (kSepO && !kQReg && elect) mb_arrive(x.q_empty);  // the last QK has read q
+      if (!kQReg && elect) mb_arrive(x.q_empty + 8 * qb);  // the last QK has read q
       rescale();
       mb_wait(x.v_full + 8 * st, ph);
       pin(o);
       wg_fence();
-      issue_pv(st);
-      float inv[2];
+      issue_pv(st, Width<N>{});
 #pragma unroll
       for (int hh = 0; hh < 2; hh++) {
         float r = sum[hh];
@@ -544,46 +633,37 @@ struct Forward {
         r += __shfl_xor_sync(~0u, r, 2);
         float top = ref[hh], keep = 1.f;
         if (p.sinks) {  // one more term in the denominator
-          float most = fmaxf(top, sink);
+          const float extra = sink(), most = fmaxf(top, extra);
           if (most != -infinity()) {
             keep = ex2(top - most);
-            r = r * keep + ex2(sink - most);
+            r = r * keep + ex2(extra - most);
             top = most;
           }
         }
         inv[hh] = r > 0.f ? keep * rcp(r) : r;  // a NaN stays one
         put_lse(row() + 8 * hh, r == 0.f ? -infinity() : (top + lg2(r)) * kLn2);
       }
-      if constexpr (kSepO) {  // the previous tile's out must have left its buffer
-        if (elect) bulk_wait_read<0>();
-        bar_sync(kBarOut + cw, 128);
-      }
-      wg_wait<0>();
-      pin(o);
-      if (elect) mb_arrive(x.v_empty + 8 * st);
-      if (++st == kStages) st = 0, ph ^= 1;
-      {
-        int rr = (lane & 7) + ((lane >> 3) & 1) * 8;
-        u32 ro = x.o + (cw * 64 + warp * 16 + rr) * 128;
-#pragma unroll
-        for (int k = 0; k < E / 16; k++)
-          stmatrix4(ro + (k / 4) * M * 128 + (((2 * (k % 4) + (lane >> 4)) ^ (rr & 7)) << 4),
-                    pack<F16>(o[8 * k] * inv[0], o[8 * k + 1] * inv[0]),
-                    pack<F16>(o[8 * k + 2] * inv[1], o[8 * k + 3] * inv[1]),
-                    pack<F16>(o[8 * k + 4] * inv[0], o[8 * k + 5] * inv[0]),
-                    pack<F16>(o[8 * k + 6] * inv[1], o[8 * k + 7] * inv[1]));
-      }
-      fence_async();
-      bar_sync(kBarOut + cw, 128);
-      const int to = tile.q_row(p, tile.first(p) + cw * 64), h = tile.head(p), box = tile.q_box(p);
-      if (elect) {
-#pragma unroll
-        for (int k = 0; k < E / 64; k++)
-          tma_store(&mo, x.o + k * M * 128 + cw * 8192, k * 64, to, h, box);
-        bulk_commit();
-        if constexpr (!kSepO) bulk_wait_read<0>(), mb_arrive(x.q_empty);
-      }
+      h = tile.head(p);
+      if constexpr (kSepO)
+        to = tile.q_row(p, tile.first(p) + cw * 64), box = tile.q_box(p);
+      else
+        rows = tile.q_len(p) - row(), to = tile.q_end(p) - rows;
       done();
+      last_v = st;
+      if (++st == kStages) st = 0, ph ^= 1;
+      more = kAhead && take();
+      // Branches that each wait for what they issue: ptxas loses track of a product that only some
+      // paths have under way.
+      if (more && half) {
+        first_qk(Width<kHalf>{}, true);
+      } else if (more) {
+        first_qk(Width<N>{}, true);
+      } else {
+        wg_wait<0>();
+        put_out();
+      }
+      if constexpr (kOne) break;
+      if (!kAhead) more = take();
     }
     // What is still on its way arrives before the grid has ended.
     if (elect) bulk_wait_read<0>();
