@@ -152,7 +152,9 @@ struct Forward {
       mb_init_fence();
       fence_async();
     }
-    if constexpr (kSpan) pdl_wait();  // for the plan
+    // All that the kernel before wrote is there, and all that it reads is read; and whatever comes
+    // next may begin likewise.
+    pdl_wait(), pdl_launch();
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
