@@ -6,6 +6,7 @@
 TA, TB: 1 where the operand is MN-major. The instruction names every accumulator register, hence a script.
 """
 
+import pathlib
 import sys
 
 WIDTHS = (32, 40, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 256)
@@ -39,8 +40,10 @@ struct Wgmma<{n}, {str(f16).lower()}> {{
 """
 
 
-with open(sys.argv[1], "w") as out:
-    out.write('#pragma once\n#include "cuda/sm90/ptx.cuh"\n\nnamespace flashjax::sm90 {\n')
-    out.write("template <int N, bool F16>\nstruct Wgmma;\n")
-    out.writelines(wrapper(n, f16) for f16 in (False, True) for n in WIDTHS)
-    out.write("}  // namespace flashjax::sm90\n")
+text = '#pragma once\n#include "cuda/sm90/ptx.cuh"\n\nnamespace flashjax::sm90 {\n'
+text += "template <int N, bool F16>\nstruct Wgmma;\n"
+text += "".join(wrapper(n, f16) for f16 in (False, True) for n in WIDTHS)
+text += "}  // namespace flashjax::sm90\n"
+out = pathlib.Path(sys.argv[1])
+if not out.exists() or out.read_text() != text:  # else every row would be compiled again
+    out.write_text(text)
