@@ -74,7 +74,10 @@ cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStre
   auto kernel = forward_kernel<kF16, D, E, M, N, kOptions>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem);
   if (error != cudaSuccess) return error;
-  return launch_behind(kernel, dim3(blocks), K::kThreads, K::kSmem, stream, q, k, v, o, a);
+  if (K::kSpan)
+    return launch_behind(kernel, dim3(blocks), K::kThreads, K::kSmem, stream, q, k, v, o, a);
+  kernel<<<blocks, K::kThreads, K::kSmem, stream>>>(q, k, v, o, a);
+  return cudaGetLastError();
 }
 
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>

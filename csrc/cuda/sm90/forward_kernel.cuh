@@ -152,9 +152,7 @@ struct Forward {
       mb_init_fence();
       fence_async();
     }
-    // All that the kernel before wrote is there, and all that it reads is read; and whatever comes
-    // next may begin likewise.
-    pdl_wait(), pdl_launch();
+    if constexpr (kSpan) pdl_wait();  // for the plan
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
