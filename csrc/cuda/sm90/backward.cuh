@@ -112,7 +112,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
                               ? dim3(tiles, h, M / 64)
                               : dim3(static_cast<unsigned>(std::max<int64_t>(rows / 64, 1)), h, b);
   if (kSpan) {
-    check(launch_behind(backward_statistics<K, kF16, D>, statistics, 256, 0, stream, pass, a));
+    check(launch_after(backward_statistics<K, kF16, D>, statistics, 256, 0, 1, stream, pass, a));
   } else {
     backward_statistics<K, kF16, D><<<statistics, 256, 0, stream>>>(pass, a);
     check(cudaGetLastError());

@@ -75,7 +75,7 @@ cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStre
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem);
   if (error != cudaSuccess) return error;
   if (K::kSpan)
-    return launch_behind(kernel, dim3(blocks), K::kThreads, K::kSmem, stream, q, k, v, o, a);
+    return launch_after(kernel, dim3(blocks), K::kThreads, K::kSmem, 1, stream, q, k, v, o, a);
   kernel<<<blocks, K::kThreads, K::kSmem, stream>>>(q, k, v, o, a);
   return cudaGetLastError();
 }

@@ -12,6 +12,22 @@
 
 namespace flashjax::sm90 {
 
+// Enqueues a kernel that may begin while the one before it ends: what it does up to its
+// griddepcontrol.wait is hidden. With clusters of so many CTAs.
+template <typename... Args>
+cudaError_t launch_after(void (*kernel)(Args...), dim3 grid, int threads, int smem, int cluster,
+                         cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute attrs[2] = {};
+  attrs[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attrs[0].val.programmaticStreamSerializationAllowed = 1;
+  attrs[1].id = cudaLaunchAttributeClusterDimension;
+  attrs[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = smem;
+  config.stream = stream, config.attrs = attrs, config.numAttrs = cluster > 1 ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 // Dimensions from the innermost; strides in elements, of all but the innermost.
 struct Map {
   int64_t extent[4], stride[3];

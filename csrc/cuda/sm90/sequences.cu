@@ -269,10 +269,10 @@ cudaError_t plan_sequences(const flashjax::Problem& p, const PlanShape* shapes, 
     plans[i] = {y.spans, y.count, y.ticket};
     at += plan_bytes(p, x);
   }
-  cudaError_t error = launch_behind(plan, dim3(count), kThreads, 0, stream, a);
+  cudaError_t error = launch_after(plan, dim3(count), kThreads, 0, 1, stream, a);
   if (p.segment_ids_q && error == cudaSuccess)
-    error = launch_behind(narrow, dim3(static_cast<unsigned>(plan_tiles(p, shapes[0]))), 256, 0,
-                          stream, a);
+    error = launch_after(narrow, dim3(static_cast<unsigned>(plan_tiles(p, shapes[0]))), 256, 0, 1,
+                         stream, a);
   return error;
 }
 

@@ -37,20 +37,6 @@ inline int64_t plan_bytes(const flashjax::Problem& p, const PlanShape& x) {
   return 256 + plan_tiles(p, x) * 64 + (p.b * (p.n + 1) + 3) / 4 * 64;
 }
 
-// Enqueues a kernel that may begin while the one before it ends: what it does up to
-// griddepcontrol.wait is hidden.
-template <typename... Args>
-cudaError_t launch_behind(void (*kernel)(Args...), dim3 grid, int threads, int smem,
-                          cudaStream_t stream, const Args&... args) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = smem;
-  config.stream = stream, config.attrs = &early, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args...);
-}
-
 // Enqueues what writes the plan of each of one or two shapes, one after the other in `workspace`,
 // plan_bytes() each, aligned to 64. Segment ids narrow what tiles of the first meet.
 cudaError_t plan_sequences(const flashjax::Problem& p, const PlanShape* shapes, int count,
