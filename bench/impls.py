@@ -25,7 +25,7 @@ def steps_of(cell: Cell) -> int:
     return STEPS if cell.mode == "decode" and cell.d == cell.e else 1
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=12)  # of three shapes
 def _normal(shape, seed):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 

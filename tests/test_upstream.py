@@ -42,15 +42,20 @@ def _served():
         pytest.skip(str(error))
 
 
+def _yardstick(case, naive, expected):
+    """Upstream's tanh is the fast one of the hardware, good for 11 bits: that is an error of each score."""
+    error = np.abs(naive - expected) + 2.0**-11 * case.softcap * np.abs(expected)
+    return expected + error if case.softcap else naive
+
+
 @pytest.mark.parametrize("case", ALL)
 def test_forward(case):
     inputs = case.build()
     call = function(case, inputs, "upstream")
     out, lse, *_ = call(to_device(inputs.arrays))
     expected, naive = oracle.run(case, inputs), oracle.run(case, inputs, naive=True)
-    # Upstream's tanh is the fast one of the hardware.
     oracle.compare("lse", lse, expected.lse, naive.lse + (1e-4 if case.softcap else 0), expected.logit)
-    oracle.compare("out", out, expected.out, naive.out, expected.logit)
+    oracle.compare("out", out, expected.out, _yardstick(case, naive.out, expected.out), expected.logit)
     again = call(to_device(inputs.arrays))
     oracle.same_bits(again[0], out, "out of a second call")
 
@@ -65,7 +70,7 @@ def test_backward(case):
         call = differentiated(case, inputs, "upstream", deterministic=deterministic)
         _, grads = call(arrays, dout_dlse)
         for name, grad in grads.items():
-            worse = naive.grads[name]
+            worse = _yardstick(case, naive.grads[name], expected.grads[name])
             if name == "sinks" or (case.h != case.g and name in "kv"):
                 # Upstream rounds the gradient of each query head, and sinks are applied to an output that is rounded.
                 worse = expected.grads[name] + 2 * (worse - expected.grads[name])
@@ -142,8 +147,8 @@ def test_against_ours(name, dtype, d, random):
 
     # Of dropout upstream's rows are ours.
     ours = run("reference" if name == "dropout" else "cuda")
-    unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
-    limits = {"lse": 1e-4 if name == "softcap" else 1e-5}  # see test_forward
+    unit = 2.0**-8 if dtype == "bfloat16" or name == "softcap" else 2.0**-11  # see _yardstick
+    limits = {"lse": 1e-4 if name == "softcap" else 1e-5}
     for what, mine, theirs in zip(("out", "lse", "dq", "dk", "dv"), ours, run("upstream"), strict=True):
         mine, theirs = (np.asarray(x, np.float64) for x in (mine, theirs))
         assert np.isfinite(theirs).all(), what
