@@ -4,7 +4,8 @@
     python -m bench.run --suite h200-train --suite h200-packed --filter d128 --out out/h200.json
     python -m bench.report out/bench-cpu.json
 
-`--impl flashjax --impl jax.nn-xla` restricts who is timed. What is measured and how: bench/timing.py, bench/impls.py.
+`--impl flashjax --impl jax.nn-xla` restricts who is timed; `--build before=SITE` adds another build of flashjax. What
+is measured and how: bench/timing.py, bench/impls.py.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sys
 import time
 
 from bench import timing
+from bench.builds import Build
 from bench.cells import SUITES, Cell
 from bench.impls import CHAIN, IMPLS, PEERS, steps_of
 
@@ -124,12 +126,12 @@ def row(cell: Cell, impl: str, measured: dict) -> dict:
     return result
 
 
-def load(names):
+def load(wanted: dict):
     loaded, absent = {}, {}
-    for name in names:
+    for name, impl in wanted.items():
         try:
-            IMPLS[name].load()
-            loaded[name] = IMPLS[name]
+            impl.load()
+            loaded[name] = impl
         except Exception as error:  # a peer that breaks on import is as absent as one that is not there
             absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"absent: {name}: {absent[name]}", file=sys.stderr)
@@ -142,12 +144,14 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--filter", default="", help="a regular expression on the cells' ids")
     parser.add_argument("--impl", action="append", choices=list(IMPLS), help="time only these")
+    parser.add_argument("--build", action="append", default=[], metavar="NAME=SITE", help="time another build, too")
     parser.add_argument("--repeat", type=int, default=5, help="rounds of interleaved bursts")
     parser.add_argument("--min-burst", type=float, default=0.3, help="seconds")
     args = parser.parse_args()
 
     names = args.impl or list(dict.fromkeys(name for suite in args.suite for name in PEERS[suite.split("-")[0]]))
-    impls, absent = load(names)
+    builds = {name: Build(site) for name, site in (build.split("=", 1) for build in args.build)}
+    impls, absent = load({name: IMPLS[name] for name in names} | builds)
     result = {
         "device": device(),
         "versions": versions(impls),
@@ -185,6 +189,8 @@ def main():
         shown = ", ".join(f"{name} {times['ms_median']:.4g} ms" for name, times in measured.items())
         print(f"[{time.perf_counter() - start:5.0f} s] {cell.id}: {shown}", flush=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")  # after every cell: a cut run keeps what it has
+    for build in builds.keys() & impls.keys():
+        builds[build].close()
     for skip in result["skipped"]:
         print(f"skipped: {skip['case']}: {skip['impl']}: {skip['why']}", file=sys.stderr)
 

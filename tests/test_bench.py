@@ -1,8 +1,16 @@
-"""What the benchmark's report concludes from figures."""
+"""What the benchmark times, and what its report concludes from figures."""
+
+import contextlib
+import dataclasses
+import pathlib
+import time
 
 import pytest
-from bench import overlap, report
+from bench import overlap, report, timing
+from bench.builds import Build
 from bench.cells import SUITES
+
+import flashjax
 
 PEERS = ("dew-flash-attn", "fa4-jax", "jax.nn-cudnn")
 
@@ -60,3 +68,22 @@ def test_what_a_profile_hides():
     assert found["largest_gap_ms"] == pytest.approx((3000 + 1500) / 2)
     with pytest.raises(ValueError, match="no events"):
         overlap.summary({"/device:GPU:0": []}, hops=1)
+
+
+def test_another_build_takes_its_turn(tmp_path):
+    """It runs in a process of its own; a folder without the package is not taken for one that has it."""
+    cell = SUITES["smoke"][0]
+    with contextlib.closing(Build(str(pathlib.Path(flashjax.__file__).parents[1]))) as build:
+        build.load()
+        runs = {"one": build.prepare(cell), "two": build.prepare(cell)}
+        times = timing.interleaved(runs, rounds=2, min_burst=0.01)
+        assert times["one"]["ms_median"] > 0
+        assert times["two"]["rounds"] == 2
+        with pytest.raises(NotImplementedError, match="float17"):
+            build.prepare(dataclasses.replace(cell, dtype="float17"))
+    with pytest.raises(ImportError, match="no flashjax in"):
+        Build(str(tmp_path)).load()
+
+
+def test_a_burst_is_as_long_as_asked():
+    assert timing.burst_length(lambda n: time.sleep(0.002 * n), 0.02) in range(5, 12)
