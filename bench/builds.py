@@ -9,6 +9,7 @@ with its arrays, while others use the device.
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -20,20 +21,21 @@ class Build:
     """An implementation as in bench.impls; `site` is the folder that holds the package."""
 
     def __init__(self, site: str):
-        self.site = site
+        self.site = os.path.realpath(site)
 
     def load(self):
         path = os.pathsep.join(filter(None, (self.site, os.environ.get("PYTHONPATH"))))
         memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # nobody takes all of the device
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.builds"],
+            cwd=pathlib.Path(__file__).parents[1],
             env=memory | os.environ | {"PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         where = self._ask({})
-        if os.path.realpath(self.site) != os.path.dirname(os.path.dirname(os.path.realpath(where))):
+        if self.site != os.path.dirname(os.path.dirname(os.path.realpath(where))):
             self.close()
             raise ImportError(f"no flashjax in {self.site}: {where} came instead")
 
