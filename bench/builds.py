@@ -34,10 +34,13 @@ class Build:
             stdout=subprocess.PIPE,
             text=True,
         )
-        where = self._ask({})
-        if self.site != os.path.dirname(os.path.dirname(os.path.realpath(where))):
+        try:
+            where = self._ask({})
+        except NotImplementedError as error:
+            where = error
+        if self.site != os.path.dirname(os.path.dirname(os.path.realpath(str(where)))):
             self.close()
-            raise ImportError(f"no flashjax in {self.site}: {where} came instead")
+            raise ImportError(f"no flashjax in {self.site}, but: {where}")
 
     def prepare(self, cell: Cell):
         self._ask({"cell": dataclasses.asdict(cell)})
@@ -62,13 +65,13 @@ class Build:
 
 def serve(questions, answers):
     """What the process of a build does: prepares the cell that it is told, then runs as many calls as it is told."""
-    impl = Flashjax()
-    impl.load()
-    run = None
+    impl, run = Flashjax(), None
     for line in questions:
         question = json.loads(line)
         try:
-            if "cell" in question:
+            if not question:
+                impl.load()
+            elif "cell" in question:
                 run = None  # lets go of the last cell's arrays
                 cell = question["cell"] | {"lengths": tuple(question["cell"]["lengths"])}
                 run = impl.prepare(Cell(**cell))
