@@ -2,6 +2,7 @@
 and its debugging modes, export. Derivatives are compared with float64 ones that share no code with flashjax.
 """
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flashjax import _compat, _derivatives, _ffi
+from flashjax import _compat, _derivatives, _ffi, _reference
 from flashjax._types import Attrs
 
 DISABLED = [jax.export.DisabledSafetyCheck.custom_call(name) for name in ("flashjax_fwd", "flashjax_bwd")]
@@ -461,15 +462,18 @@ def test_export(random, platforms):
         close(again.call(arrays), function(arrays), 1e-6)
 
 
+@pytest.mark.parametrize("asked", [None, "reference"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_export_of_any_batch_and_length(random, dtype):
+def test_export_of_any_batch_and_length(random, dtype, asked, monkeypatch):
+    monkeypatch.setattr(_reference, "_CHUNK_ELEMENTS", 64)  # several chunks of queries
+    function = functools.partial(operation, attrs=dataclasses.replace(ATTRS, implementation=asked))
     arrays = {name: x.astype(dtype) for name, x in dense(random).items() if name in "qkv"}
     b, s, t = jax.export.symbolic_shape("b,s,t")
     extents = {"q": (b, s), "k": (b, t), "v": (b, t)}
     types = {name: jax.ShapeDtypeStruct(extents[name] + x.shape[2:], x.dtype) for name, x in arrays.items()}
     built = [x for x in ("cpu", "cuda") if _ffi._support.extension(x)]
-    exported = jax.export.export(jax.jit(operation), platforms=built, disabled_checks=DISABLED)(types)
-    close(exported.call(arrays), operation(arrays), 1e-6)
+    exported = jax.export.export(jax.jit(function), platforms=built, disabled_checks=DISABLED)(types)
+    close(exported.call(arrays), function(arrays), 1e-6)
 
 
 @pytest.mark.parametrize("target", ["flashjax_fwd", "flashjax_bwd"])

@@ -4,11 +4,11 @@ Differentiable to any order in either mode. Memory is O(s + t): queries are take
 recomputed in its derivative.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import max_dim, min_dim
 
 from flashjax import _dropout
 from flashjax._types import Arrays, Attrs
@@ -75,9 +75,9 @@ def attention(arrays: Arrays, attrs: Attrs) -> tuple[jax.Array, jax.Array]:
             kept = _dropout.weights(arrays["dropout_seed"], attrs.dropout_keep, x["tokens"], keys.position)
         return _softmax_times(scores, sinks, v, kept)
 
-    size = max(1, min(s, _CHUNK_ELEMENTS // max(1, b * h * t)))
-    count = math.ceil(s / size) if s else 0
-    if count <= 1:
+    size = max_dim(1, min_dim(s, _CHUNK_ELEMENTS // max_dim(1, b * h * t)))
+    count = -(-s // size)  # an expression, in a program that is exported for any size
+    if isinstance(count, int) and count <= 1:
         out, lse = chunk(per_query)
     else:
         pad = count * size - s
