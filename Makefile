@@ -51,8 +51,9 @@ bench-cpu: $(VENV)/bench-cpu $(VENV)/demo ## the CPU benchmark, to out/bench-cpu
 bench-memory: $(VENV)/core ## peak memory against sequence length, to out/memory-cpu.json
 	$(BIN)/python -m bench.memory --out out/memory-cpu.json
 
-record-cpu: $(VENV)/bench-cpu ## measure again what README says of the CPU (on a quiet machine), and bring README up to date
+record-cpu: $(VENV)/bench-cpu $(VENV)/demo ## measure again what README says of the CPU (on a quiet machine), and bring README up to date
 	$(BIN)/python -m bench.run --suite cpu --out bench/results/cpu/attention.json $(BENCH_ARGS)
+	$(BIN)/python -m bench.report bench/results/cpu/attention.json --plot bench/results/cpu/attention.png >/dev/null
 	$(BIN)/python -m bench.memory --out bench/results/cpu/memory.json
 	$(BIN)/python -m docs.tables
 
