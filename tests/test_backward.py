@@ -14,7 +14,7 @@ import pytest
 import oracle
 from cases import BY_ID, CASES, Case, cotangents
 from conftest import ON_GPU
-from harness import differentiated, expect_decline, to_device
+from harness import check_repeatable, differentiated, expect_decline, to_device
 
 TRAINED = [pytest.param(case, id=case.id) for case in CASES if case.layout != "cached"]
 
@@ -81,23 +81,8 @@ MANY_BLOCKS = {  # more blocks than a GPU has multiprocessors, whose turns to ad
 @pytest.mark.skipif(not ON_GPU, reason="the order of additions is fixed where nothing runs at the same time")
 @pytest.mark.parametrize("options", MANY_BLOCKS.values(), ids=MANY_BLOCKS)
 def test_deterministic_with_many_blocks(options):
-    """The same bits in every run; and but for rounding the gradients of the other order."""
     defaults = {"b": 2, "s": 2048, "t": 2048, "h": 8, "g": 8, "dtype": "bfloat16"}
-    case = Case("many-blocks", "blocks that wait for each other", **(defaults | options))
-    inputs = case.build()
-    arrays = to_device(inputs.arrays)
-    dout = jax.random.normal(jax.random.key(1), (case.b, case.s, case.h, case.d), arrays["q"].dtype)
-    cotangent = dout, jnp.ones((case.b, case.h, case.s))
-    call = differentiated(case, inputs, "cuda", deterministic=True)
-    first = jax.tree.map(np.asarray, call(arrays, cotangent)[1])
-    for run in range(5):
-        again = call(arrays, cotangent)[1]
-        for name in first:
-            oracle.same_bits(again[name], first[name], f"gradient of {name}, run {run}")
-    other = differentiated(case, inputs, "cuda")(arrays, cotangent)[1]
-    for name in first:
-        x, y = (np.asarray(value, np.float64) for value in (first[name], other[name]))
-        assert np.linalg.norm(x - y) <= 1e-3 * np.linalg.norm(y), name
+    check_repeatable(Case("many-blocks", "blocks that wait for each other", **(defaults | options)), "cuda")
 
 
 def test_lse_alone(implementation):

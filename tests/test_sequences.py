@@ -3,15 +3,13 @@
 Gaps, unused tails, empty sequences and NaN outside of all of them come with each; options are drawn too.
 """
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import oracle
 from cases import Case, cotangents
 from conftest import ON_GPU
-from harness import differentiated, function, to_device
+from harness import check_repeatable, differentiated, function, to_device
 
 
 def _offsets(random, lengths, gaps):
@@ -99,24 +97,9 @@ MANY_BLOCKS = {  # more blocks than a GPU has multiprocessors, whose turns to ad
 @pytest.mark.skipif(not ON_GPU, reason="the order of additions is fixed where nothing runs at the same time")
 @pytest.mark.parametrize("options", MANY_BLOCKS.values(), ids=MANY_BLOCKS)
 def test_deterministic(options):
-    """The same bits in every run; and but for rounding the gradients of the other order."""
     offsets = (0, 2000, 2000, 2700, 4096)
     defaults = {"b": 1, "s": 4096, "t": 4096, "h": 8, "g": 4, "dtype": "bfloat16", "layout": "packed", "cu_q": offsets}
-    case = Case("many-blocks", "blocks that wait for each other", **(defaults | options))
-    inputs = case.build()
-    arrays = to_device(inputs.arrays)
-    dout = jax.random.normal(jax.random.key(1), (case.s, case.h, case.d), arrays["q"].dtype)
-    cotangent = dout, jnp.ones((case.h, case.s))
-    call = differentiated(case, inputs, "cuda", deterministic=True)
-    first = jax.tree.map(np.asarray, call(arrays, cotangent)[1])
-    for run in range(5):
-        again = call(arrays, cotangent)[1]
-        for name in first:
-            oracle.same_bits(again[name], first[name], f"gradient of {name}, run {run}")
-    other = differentiated(case, inputs, "cuda")(arrays, cotangent)[1]
-    for name in first:
-        x, y = (np.asarray(value, np.float64) for value in (first[name], other[name]))
-        assert np.linalg.norm(x - y) <= 1e-3 * np.linalg.norm(y), name
+    check_repeatable(Case("many-blocks", "blocks that wait for each other", **(defaults | options)), "cuda")
 
 
 @pytest.mark.skipif(not ON_GPU, reason="an error on the CPU, tested in test_errors.py")
