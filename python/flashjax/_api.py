@@ -267,8 +267,8 @@ def flash_mha_with_kvcache(
       num_splits: into how many parts the keys are split; 0 lets the kernel choose.
       return_softmax_lse: also return the log-sum-exp, float32 (b, h, s).
       value_dim: the values are the first so many features of the keys, as in absorbed latent attention: e. There is one
-        cache then, `k_cache`, and `v_cache` and `v` are None. On a GPU d > 512 needs a Hopper one when the program runs;
-        for others ask for `implementation="reference"`.
+        cache then, `k_cache`, and `v_cache` and `v` are None. Among GPUs d > 512 needs a Hopper one when the program
+        runs; for others ask for `implementation="reference"`.
       rotary_interleaved: rotate features (0, 1), (2, 3), ...; else (0, r/2), (1, r/2 + 1), ...
       update_cache: also return the caches with the new keys and values. They are written in place where the caches
         are donated (or carried by a loop), on a copy otherwise; the arrays that you passed never change.
