@@ -165,7 +165,7 @@ def main():
     if args.show:
         print(accuracy_table(json.loads(args.show.read_text())))
         return
-    impls, absent = load(args.impl or [OURS, MARK, "fa4-jax", "jax.nn-cudnn"])
+    impls, absent = load({name: IMPLS[name] for name in args.impl or [OURS, MARK, "fa4-jax", "jax.nn-cudnn"]})
     result = {
         "device": device(),
         "versions": versions(impls),
