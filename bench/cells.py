@@ -114,7 +114,8 @@ SUITES: dict[str, list[Cell]] = {
         + [(2, 8192, 32, 128, (8,))]
         + [(4, 4096, 32, 64, ()), (1, 16384, 32, 64, ()), (4, 4096, 8, 256, ())]
     ),
-    "h200-masks": _train([(1, 16384, 16, 128, ())], ("window",), window=1024)
+    "h200-masks": _train([(1, 16384, 16, 128, ())], ("causal",))
+    + _train([(1, 16384, 16, 128, ())], ("window",), window=1024)
     + [
         _square(mode, 1, 16384, 16, 128, "segments", lengths=lengths)
         for mode in ("fwd", "bwd")
@@ -127,7 +128,12 @@ SUITES: dict[str, list[Cell]] = {
     ],
     "h200-dispatch": [_square("chain", 1, 128, 1, 128, "full")],
     "h200-packed": [
-        _packed(mode, lengths) for mode in ("fwd", "bwd") for lengths in ((2048,) * 16, _SKEWED, (128,) * 256)
+        cell
+        for mode in ("fwd", "bwd")
+        for cell in (
+            *(_packed(mode, lengths) for lengths in ((2048,) * 16, _SKEWED, (128,) * 256)),
+            *(_square(mode, b, 32768 // b, 16, 128, "causal") for b in (16, 256)),  # rows of one length
+        )
     ],
     "h200-decode": [
         *(
