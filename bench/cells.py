@@ -85,10 +85,10 @@ def _square(mode, b, s, h, d, mask, g=None, e=None, **more):
     return Cell(mode, b, s, s, h, g or h, d, e or d, mask, **more)
 
 
-def _train(shapes, masks=("full", "causal"), **more):
+def _train(shapes, masks=("full", "causal"), modes=("fwd", "bwd"), **more):
     return [
         _square(mode, *shape, mask, *rest, **more)
-        for mode in ("fwd", "bwd")
+        for mode in modes
         for mask in masks
         for *shape, rest in shapes
     ]
@@ -99,6 +99,13 @@ def _packed(mode, lengths):
     return Cell(mode, 1, total, total, 16, 16, 128, 128, "causal", lengths=tuple(lengths), packed=True)
 
 
+_TRAIN = (
+    *((b, s, 16, 128, ()) for b, s in ((32, 512), (16, 1024), (4, 4096), (2, 8192), (1, 16384))),
+    (2, 8192, 32, 128, (8,)),
+    (4, 4096, 32, 64, ()),
+    (1, 16384, 32, 64, ()),
+    (4, 4096, 8, 256, ()),
+)
 _SKEWED = (16384, 8192, 4096, 2048, 1024, *(128,) * 8)  # 32,768 tokens
 
 SUITES: dict[str, list[Cell]] = {
@@ -109,11 +116,8 @@ SUITES: dict[str, list[Cell]] = {
         for d in (64, 128)
         for mask in ("full", "causal")
     ],
-    "h200-train": _train(
-        [(b, s, 16, 128, ()) for b, s in ((32, 512), (16, 1024), (4, 4096), (2, 8192), (1, 16384))]
-        + [(2, 8192, 32, 128, (8,))]
-        + [(4, 4096, 32, 64, ()), (1, 16384, 32, 64, ()), (4, 4096, 8, 256, ())]
-    ),
+    "h200-forward": _train(_TRAIN, modes=("fwd",)),
+    "h200-backward": _train(_TRAIN, modes=("bwd",)),
     "h200-masks": _train([(1, 16384, 16, 128, ())], ("causal",))
     + _train([(1, 16384, 16, 128, ())], ("window",), window=1024)
     + [

@@ -12,6 +12,7 @@ is led in by `LEAD` seconds of the same calls, untimed.
 import bisect
 import ctypes
 import math
+import os
 import random
 import statistics
 import threading
@@ -82,7 +83,7 @@ def interleaved(runs: dict[str, Run], rounds: int, min_burst: float, pause: floa
 
 
 class GpuMonitor:
-    """Samples the first GPU's SM clock and power, by NVIDIA's management library, while it is entered.
+    """Samples the SM clock and power of the process' first GPU, by NVIDIA's management library, while it is entered.
 
     Where that library is not, `works` is false and there are no samples.
     """
@@ -93,10 +94,12 @@ class GpuMonitor:
         try:
             self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
             self._device = ctypes.c_void_p()
-            self.works = (
-                self._nvml.nvmlInit_v2() == 0
-                and self._nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device)) == 0
-            )
+            first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # which the library does not heed
+            if first.isdigit():
+                find, name = self._nvml.nvmlDeviceGetHandleByIndex_v2, int(first)
+            else:
+                find, name = self._nvml.nvmlDeviceGetHandleByUUID, first.encode()
+            self.works = self._nvml.nvmlInit_v2() == 0 and find(name, ctypes.byref(self._device)) == 0
         except (OSError, AttributeError):
             pass
 

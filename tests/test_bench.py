@@ -16,10 +16,11 @@ PEERS = ("dew-flash-attn", "fa4-jax", "jax.nn-cudnn")
 
 
 def result(ratio, names=PEERS, slowest=None):
-    """A run of h200-train in which the best peer takes `ratio` times as long as we do, the others longer."""
+    """A run of what training is measured by, in which the best peer takes `ratio` times as long as we do, the others longer."""
     rows = []
-    for cell in SUITES["h200-train"]:
-        factor = slowest if slowest is not None and cell is SUITES["h200-train"][0] else ratio
+    cells = [*SUITES["h200-forward"], *SUITES["h200-backward"]]
+    for cell in cells:
+        factor = slowest if slowest is not None and cell is cells[0] else ratio
         for i, (name, ms) in enumerate(
             {"flashjax": 1.0, **{name: factor + 0.1 * i for i, name in enumerate(names)}}.items()
         ):
