@@ -86,12 +86,7 @@ def _square(mode, b, s, h, d, mask, g=None, e=None, **more):
 
 
 def _train(shapes, masks=("full", "causal"), modes=("fwd", "bwd"), **more):
-    return [
-        _square(mode, *shape, mask, *rest, **more)
-        for mode in modes
-        for mask in masks
-        for *shape, rest in shapes
-    ]
+    return [_square(mode, *shape, mask, *rest, **more) for mode in modes for mask in masks for *shape, rest in shapes]
 
 
 def _packed(mode, lengths):
