@@ -79,7 +79,7 @@ __device__ __forceinline__ void backward_cta(const BackwardArgs& args) {
   }
 }
 
-template <typename Traits, int kOptions, Room kRoom>
+template <typename Traits, int kOptions, int kRoom>
 static __global__ void backward(const __grid_constant__ BackwardArgs args) {
   if constexpr (kRoom == kRoomHere) backward_cta<Traits, kOptions>(args);
 }
@@ -146,12 +146,10 @@ inline int64_t copies_of_dq(const BwdParams& p) {
              : 1;
 }
 
-template <typename T, int D, Room kRoom, int kOptions>
+template <typename T, int D, int kRoom, int kOptions>
 cudaError_t launch_options(const BwdParams& p, cudaStream_t stream) {
   using Traits = decltype(backward_traits<T, D, kRoom, kOptions>());
-  BackwardArgs a{};
-  static_cast<Arguments<flash::Flash_bwd_params>&>(a) =
-      translate<Arguments<flash::Flash_bwd_params>>(p, D);
+  auto a = translate<BackwardArgs>(p, D);
   Workspace space(p.workspace, p.workspace_bytes);
   const int64_t rows = a.parts.rows, keys = p.c * p.t, ratio = p.h / p.g;
   a.splits = static_cast<int>(copies_of_dq(p)), a.deterministic = p.deterministic;
@@ -211,27 +209,6 @@ cudaError_t launch_options(const BwdParams& p, cudaStream_t stream) {
   return error;
 }
 
-template <typename T, int D, Room kRoom>
-cudaError_t launch_row(const BwdParams& p, cudaStream_t stream) {
-  const Call call(p);
-  if (call.extras == 0 && p.d == D) {
-    if (!call.masked)
-      return call.even ? launch_options<T, D, kRoom, kEvenDim | kEvenRows>(p, stream)
-                       : launch_options<T, D, kRoom, kEvenDim>(p, stream);
-    if (call.causal)
-      return call.even ? launch_options<T, D, kRoom, kEvenDim | kEvenRows | kCausal>(p, stream)
-                       : launch_options<T, D, kRoom, kEvenDim | kCausal>(p, stream);
-    return launch_options<T, D, kRoom, kEvenDim | kLocal>(p, stream);
-  }
-  return call.with_extras([&](auto extras) {
-    constexpr int kExtras = decltype(extras)::value;
-    if constexpr (D == 256 && (kExtras & kWithDropout))
-      return cudaErrorInvalidValue;  // no room in upstream's small tile, and in no row's features
-    else
-      return launch_options<T, D, kRoom, kLocal | kExtras>(p, stream);
-  });
-}
-
 template <DType kType, int D, int E, int M, int N, cuda::Variant>
 cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   static_assert(D == E);
@@ -240,8 +217,13 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   static_assert(M == Traits::kBlockM && N == Traits::kBlockN);
   if (p.b * p.h == 0) return cudaSuccess;
   if (p.b * p.n > 65535 && p.deterministic) return cudaErrorInvalidConfiguration;
-  cudaError_t error = with_room(
-      device.smem, [&](auto room) { return launch_row<T, D, decltype(room)::value>(p, stream); });
+  // Dropout at d = 256 has no room in upstream's small tile, and is in no row's features.
+  constexpr int kWithout = D == 256 ? kWithDropout : 0;
+  cudaError_t error = with_room(device.smem, [&](auto room) {
+    return with_options<kWithout>(options_of(p, D), [&](auto options) {
+      return launch_options<T, D, decltype(room)::value, decltype(options)::value>(p, stream);
+    });
+  });
   if (error == cudaSuccess && p.dsinks)
     error = simt::launch(p.sinks_shape.dim[0] * p.sinks_shape.dim[1], stream,
                          simt::backward_sinks<typename simt::TypeOf<kType>::type>, p);

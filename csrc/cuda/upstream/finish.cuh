@@ -7,6 +7,36 @@ namespace flashjax::upstream {
 
 constexpr int kWarps = 8;  // of a block; a warp does a query of a head
 
+// That query: x counts over [b, h, s].
+struct Query {
+  int64_t x, b, h, i;
+
+  __device__ __forceinline__ explicit Query(const Problem& p)
+      : x(int64_t{blockIdx.x} * kWarps + threadIdx.x / 32),
+        b(x / p.h / p.s),
+        h(x / p.s % p.h),
+        i(x % p.s) {}
+
+  __device__ __forceinline__ bool exists(const Problem& p) const { return b < p.b; }
+
+  template <typename T>
+  __device__ __forceinline__ T* out(const FwdParams& p) const {
+    return static_cast<T*>(p.out) + ((b * p.s + i) * p.h + h) * p.e;
+  }
+
+  // Lane l holds sums of the columns l, l + 32, ..., in units of exp(most), as total is.
+  template <typename T, int D>
+  __device__ __forceinline__ void store(const FwdParams& p, const float (&sum)[D / 32], float total,
+                                        float most) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < D / 32; ++j)
+      if (32 * j + lane < p.e)
+        out<T>(p)[32 * j + lane] = static_cast<T>(total == 0.f ? 0.f : sum[j] / total);
+    if (lane == 0) p.lse[x] = total == 0.f ? -INFINITY : most + logf(total);
+  }
+};
+
 inline unsigned blocks_of(int64_t warps) {
   return static_cast<unsigned>((warps + kWarps - 1) / kWarps);
 }
@@ -31,19 +61,18 @@ __device__ __forceinline__ float sink_of(const Problem& p, int64_t b, int64_t h)
 template <typename T>
 static __global__ void __launch_bounds__(32 * kWarps)
     finish_rows(const __grid_constant__ FwdParams p) {
-  const int64_t x = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;  // over [b, h, s]
-  if (x >= p.b * p.h * p.s) return;
-  const int64_t i = x % p.s, h = x / p.s % p.h, b = x / p.s / p.h;
-  const float lse = p.lse[x];
+  const Query query(p);
+  if (!query.exists(p)) return;
+  const float lse = p.lse[query.x];
   if (lse == -INFINITY) return;  // outside
-  const float sink = sink_of(p, b, h), seen = lse == INFINITY ? -INFINITY : lse;
+  const float sink = sink_of(p, query.b, query.h), seen = lse == INFINITY ? -INFINITY : lse;
   const float most = fmaxf(seen, sink);
   const float total = most == -INFINITY ? most : most + logf(expf(seen - most) + expf(sink - most));
   __syncwarp();
-  if (threadIdx.x % 32 == 0) p.lse[x] = total;
+  if (threadIdx.x % 32 == 0) p.lse[query.x] = total;
   if (sink == -INFINITY || seen == -INFINITY) return;
   const float share = expf(seen - total);
-  T* out = static_cast<T*>(p.out) + ((b * p.s + i) * p.h + h) * p.e;
+  T* out = query.out<T>(p);
   for (int64_t j = threadIdx.x % 32; j < p.e; j += 32)
     out[j] = static_cast<T>(static_cast<float>(out[j]) * share);
 }

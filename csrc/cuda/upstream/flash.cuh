@@ -74,6 +74,28 @@ enum Option : int {
   kWithDropout = 64,
 };
 
+// function(value, as a constant), if it is one of kEach and has no bit of kWithout; else `error`.
+template <int kWithout, int... kEach, typename Function>
+cudaError_t with_constant(int value, cudaError_t error, Function function) {
+  auto attempt = [&](auto x) {
+    if constexpr (!(decltype(x)::value & kWithout))
+      if (value == x) error = function(x);
+  };
+  (attempt(std::integral_constant<int, kEach>{}), ...);
+  return error;
+}
+
+// The kernels of a row: plain calls have some of their own, extras one for each set of them.
+template <int kWithout, typename Function>
+cudaError_t with_options(int options, Function function) {
+  return with_constant<
+      kWithout, kEvenDim, kEvenDim | kEvenRows, kEvenDim | kCausal, kEvenDim | kCausal | kEvenRows,
+      kEvenDim | kLocal, kLocal, kLocal | kWithAlibi, kLocal | kWithSoftcap, kLocal | kWithDropout,
+      kLocal | kWithAlibi | kWithSoftcap, kLocal | kWithAlibi | kWithDropout,
+      kLocal | kWithSoftcap | kWithDropout, kLocal | kWithAlibi | kWithSoftcap | kWithDropout>(
+      options, cudaErrorInvalidValue, function);
+}
+
 template <typename Params>
 struct Arguments : Params {
   Parts parts;

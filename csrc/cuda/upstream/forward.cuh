@@ -36,12 +36,12 @@ __device__ __forceinline__ void forward_cta(const ForwardArgs& args) {
   }
 }
 
-template <typename Traits, int kOptions, Room kRoom>
+template <typename Traits, int kOptions, int kRoom>
 static __global__ void forward(const __grid_constant__ ForwardArgs args) {
   if constexpr (kRoom == kRoomHere) forward_cta<Traits, kOptions>(args);
 }
 
-template <typename T, int D, Room kRoom, int kOptions>
+template <typename T, int D, int kRoom, int kOptions>
 cudaError_t launch_options(const FwdParams& p, cudaStream_t stream) {
   using Traits = decltype(forward_traits<T, D, kRoom, kOptions>());
   ForwardArgs a = translate<ForwardArgs>(p, D);
@@ -60,24 +60,6 @@ cudaError_t launch_options(const FwdParams& p, cudaStream_t stream) {
   return finish<T>(p, stream);
 }
 
-// Which of them serves: plain calls have kernels of their own, the rest one for each set of extras.
-template <typename T, int D, Room kRoom>
-cudaError_t launch_row(const FwdParams& p, cudaStream_t stream) {
-  const Call call(p);
-  if (call.extras == 0 && p.d == D) {
-    if (!call.masked)
-      return call.even ? launch_options<T, D, kRoom, kEvenDim | kEvenRows>(p, stream)
-                       : launch_options<T, D, kRoom, kEvenDim>(p, stream);
-    if (call.causal)
-      return call.even ? launch_options<T, D, kRoom, kEvenDim | kEvenRows | kCausal>(p, stream)
-                       : launch_options<T, D, kRoom, kEvenDim | kCausal>(p, stream);
-    return launch_options<T, D, kRoom, kEvenDim | kLocal>(p, stream);
-  }
-  return call.with_extras([&](auto extras) {
-    return launch_options<T, D, kRoom, kLocal | decltype(extras)::value>(p, stream);
-  });
-}
-
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_forward(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   static_assert(D == E);
@@ -88,8 +70,11 @@ cudaError_t launch_forward(const FwdParams& p, const cuda::Device& device, cudaS
   } else {
     constexpr ForwardTile tile = forward_tile(D, k227KB, false, false);
     static_assert(tile.m == M && tile.n == N);
-    return with_room(device.smem,
-                     [&](auto room) { return launch_row<T, D, decltype(room)::value>(p, stream); });
+    return with_room(device.smem, [&](auto room) {
+      return with_options<0>(options_of(p, D), [&](auto options) {
+        return launch_options<T, D, decltype(room)::value, decltype(options)::value>(p, stream);
+      });
+    });
   }
 }
 

@@ -33,33 +33,28 @@ static __global__ void split_forward(const __grid_constant__ SplitArgs args) {
 template <typename T, int D>
 static __global__ void __launch_bounds__(32 * kWarps)
     combine(const __grid_constant__ SplitArgs a, const __grid_constant__ FwdParams p, int splits) {
-  const int64_t x = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32, count = p.b * p.h * p.s;
-  if (x >= count) return;  // x counts over [b, a.h, a.seqlen_q], which is [b, h, s] in memory
-  const int64_t b = x / p.h / p.s, h = x / p.s % p.h, i = x % p.s;
+  const Query query(p);  // upstream's [b, a.h, a.seqlen_q] is [b, h, s] in memory
+  if (!query.exists(p)) return;
   const int lane = threadIdx.x % 32;
-  const bool inside = !a.parts.list || i < a.parts.list[b].q_len;
-  const float* lses = static_cast<const float*>(a.softmax_lseaccum_ptr) + x;
-  const float sink = inside ? sink_of(p, b, h) : -INFINITY;
+  const int64_t count = p.b * p.h * p.s;
+  const bool inside = !a.parts.list || query.i < a.parts.list[query.b].q_len;
+  const float* lses = static_cast<const float*>(a.softmax_lseaccum_ptr) + query.x;
+  const float sink = inside ? sink_of(p, query.b, query.h) : -INFINITY;
   float most = sink;
   for (int split = 0; inside && split < splits; ++split) most = fmaxf(most, lses[split * count]);
-  float sum[(D + 31) / 32] = {}, total = 0.f;
+  float sum[D / 32] = {}, total = 0.f;
   if (most != -INFINITY) {
     total = expf(sink - most);
     for (int split = 0; split < splits; ++split) {
       const float weight = expf(lses[split * count] - most);
       total += weight;
       if (weight == 0.f) continue;
-      const float* part = static_cast<const float*>(a.oaccum_ptr) + (split * count + x) * D;
+      const float* part = static_cast<const float*>(a.oaccum_ptr) + (split * count + query.x) * D;
 #pragma unroll
       for (int j = 0; j < D / 32; ++j) sum[j] += weight * part[32 * j + lane];
     }
   }
-  T* out = static_cast<T*>(p.out) + ((b * p.s + i) * p.h + h) * p.e;
-#pragma unroll
-  for (int j = 0; j < D / 32; ++j)
-    if (32 * j + lane < p.e)
-      out[32 * j + lane] = static_cast<T>(total == 0.f ? 0.f : sum[j] / total);
-  if (lane == 0) p.lse[x] = total == 0.f ? -INFINITY : most + logf(total);
+  query.store<T, D>(p, sum, total, most);
 }
 
 // Page ids that exist, and which rows had others among the pages that they use.
@@ -83,9 +78,9 @@ static __global__ void check_pages(const __grid_constant__ Problem p, int32_t* t
 template <typename T, int D>
 static __global__ void __launch_bounds__(32 * kWarps)
     mend(const __grid_constant__ FwdParams p, const int32_t* bad) {
-  const int64_t x = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (x >= p.b * p.h * p.s) return;
-  const int64_t b = x / p.h / p.s, h = x / p.s % p.h, i = x % p.s, g = h / (p.h / p.g);
+  const Query query(p);
+  if (!query.exists(p)) return;
+  const int64_t b = query.b, h = query.h, i = query.i, g = h / (p.h / p.g);
   const Sequence z = sequence(p, b, 0);
   if (!bad[b] || i >= z.q_len) return;
   const simt::Head head(p, b, 0, h, z);
@@ -110,20 +105,13 @@ static __global__ void __launch_bounds__(32 * kWarps)
       sum[c] = sum[c] * shrink +
                (32 * c + lane < p.e ? weight * static_cast<float>(v[32 * c + lane]) : 0.f);
   }
-  T* out = static_cast<T*>(p.out) + ((b * p.s + i) * p.h + h) * p.e;
-#pragma unroll
-  for (int c = 0; c < D / 32; ++c)
-    if (32 * c + lane < p.e)
-      out[32 * c + lane] = static_cast<T>(total == 0.f ? 0.f : sum[c] / total);
-  if (lane == 0) p.lse[x] = total == 0.f ? -INFINITY : most + logf(total);
+  query.store<T, D>(p, sum, total, most);
 }
 
 template <typename T, int D, int N, int kOptions>
 cudaError_t launch_split(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   using Traits = Flash_fwd_kernel_traits<D, 64, N, 4, false, false, T>;
-  SplitArgs a{};
-  static_cast<Arguments<flash::Flash_fwd_params>&>(a) =
-      translate<Arguments<flash::Flash_fwd_params>>(p, D);
+  auto a = translate<SplitArgs>(p, D);
   Workspace space(p.workspace, p.workspace_bytes);
   const int64_t ratio = p.h / p.g, rows = p.b * p.h * p.s;
   a.b = static_cast<int>(p.b);
@@ -169,17 +157,12 @@ cudaError_t launch_split(const FwdParams& p, const cuda::Device& device, cudaStr
 
 template <typename T, int D, int N>
 cudaError_t launch_split_row(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
-  const Call call(p);
-  const bool masked = call.masked && !sees_a_range(p);
-  if (call.extras == 0 && p.d == D)
-    return masked ? launch_split<T, D, N, kEvenDim | kLocal>(p, device, stream)
-                  : launch_split<T, D, N, kEvenDim>(p, device, stream);
-  return call.with_extras([&](auto extras) {
-    constexpr int kExtras = decltype(extras)::value;
-    if constexpr (kExtras & kWithDropout)
-      return cudaErrorInvalidValue;  // upstream's has none
-    else
-      return launch_split<T, D, N, kLocal | kExtras>(p, device, stream);
+  // Upstream's has no dropout, and none for a diagonal or for full tiles.
+  int options = options_of(p, D) & ~kEvenRows;
+  if (options & kCausal) options ^= kCausal | kLocal;
+  if (options == (kEvenDim | kLocal) && sees_a_range(p)) options = kEvenDim;
+  return with_options<kCausal | kEvenRows | kWithDropout>(options, [&](auto x) {
+    return launch_split<T, D, N, decltype(x)::value>(p, device, stream);
   });
 }
 

@@ -31,22 +31,15 @@ template <typename Function>
 cudaError_t with_room(int64_t smem, Function function) {
   constexpr int kBuilt = rooms_of({__CUDA_ARCH_LIST__});
   const Room room = smem >= 227 << 10 ? k227KB : smem >= 163 << 10 ? k163KB : k99KB;
-  cudaError_t error = cudaErrorNoKernelImageForDevice;
-  auto attempt = [&](auto x) {
-    if constexpr (bool(kBuilt & decltype(x)::value))
-      if (room == x) error = function(x);
-  };
-  attempt(std::integral_constant<Room, k99KB>{});
-  attempt(std::integral_constant<Room, k163KB>{});
-  attempt(std::integral_constant<Room, k227KB>{});
-  return error;
+  return with_constant<~kBuilt, k99KB, k163KB, k227KB>(room, cudaErrorNoKernelImageForDevice,
+                                                       function);
 }
 
 struct ForwardTile {
   int m, n, warps;
 };
 
-constexpr ForwardTile forward_tile(int d, Room room, bool causal, bool dropout) {
+constexpr ForwardTile forward_tile(int d, int room, bool causal, bool dropout) {
   if (d <= 32) return {128, 128, 4};
   if (d == 64) return {128, dropout ? 64 : 128, 4};
   if (d == 192) return dropout ? ForwardTile{64, 64, 4} : ForwardTile{128, 64, 8};
@@ -56,13 +49,13 @@ constexpr ForwardTile forward_tile(int d, Room room, bool causal, bool dropout) 
   return causal ? ForwardTile{64, 64, 4} : ForwardTile{128, d == 128 ? 32 : 64, 4};
 }
 
-template <typename T, int D, Room kRoom, int kOptions>
+template <typename T, int D, int kRoom, int kOptions>
 auto forward_traits() {
   constexpr ForwardTile tile = forward_tile(D, kRoom, kOptions & kCausal, kOptions & kWithDropout);
   return Flash_fwd_kernel_traits<D, tile.m, tile.n, tile.warps, false, false, T>{};
 }
 
-template <typename T, int D, Room kRoom, int kOptions>
+template <typename T, int D, int kRoom, int kOptions>
 auto backward_traits() {
   constexpr bool kSmall = kRoom == k99KB, kDropout = kOptions & kWithDropout;
   if constexpr (D == 32)

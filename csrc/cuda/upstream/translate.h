@@ -39,30 +39,20 @@ inline bool sees_a_range(const Problem& p) {
   return p.s == 1 && !p.alibi_slopes && (!p.page_table || p.window_left < 0);
 }
 
-// What of a call decides its kernel.
-struct Call {
-  bool masked, causal;
-  bool even;  // full tiles alone, whatever their size; (blocks, heads, rows) is a grid
-  int extras;
-
-  explicit Call(const Problem& p) {
-    const bool corner = !p.shift && (!p.top_left || (is_whole(p) && p.s == p.t));
-    masked = p.window_left >= 0 || p.window_right >= 0;
-    causal = p.window_left < 0 && p.window_right == 0 && corner;
-    even = is_whole(p) && p.n == 1 && p.b <= 65535 && p.t > 0 && p.s % 128 == 0 && p.t % 128 == 0;
-    extras = (p.alibi_slopes ? kWithAlibi : 0) | (p.softcap != 0 ? kWithSoftcap : 0) |
-             (p.dropout_seed ? kWithDropout : 0);
-  }
-
-  // function(a constant that equals extras).
-  template <typename Function, int kExtras = kWithAlibi | kWithSoftcap | kWithDropout>
-  cudaError_t with_extras(Function function, std::integral_constant<int, kExtras> = {}) const {
-    if (extras == kExtras) return function(std::integral_constant<int, kExtras>{});
-    if constexpr (kExtras > 0)
-      return with_extras(function, std::integral_constant<int, kExtras - kWithAlibi>{});
-    return cudaErrorInvalidValue;
-  }
-};
+// Which kernel of a row of head dim `head_dim` serves a call.
+inline int options_of(const Problem& p, int head_dim) {
+  const int extras = (p.alibi_slopes ? kWithAlibi : 0) | (p.softcap != 0 ? kWithSoftcap : 0) |
+                     (p.dropout_seed ? kWithDropout : 0);
+  if (extras || p.d != head_dim) return kLocal | extras;
+  const bool corner = !p.shift && (!p.top_left || (is_whole(p) && p.s == p.t));
+  const bool masked = p.window_left >= 0 || p.window_right >= 0;
+  const bool causal = p.window_left < 0 && p.window_right == 0 && corner;
+  if (masked && !causal) return kEvenDim | kLocal;
+  // Full tiles alone, whatever their size; (blocks, heads, rows) is a grid.
+  const bool even =
+      is_whole(p) && p.n == 1 && p.b <= 65535 && p.t > 0 && p.s % 128 == 0 && p.t % 128 == 0;
+  return kEvenDim | (causal ? kCausal : 0) | (even ? kEvenRows : 0);
+}
 
 template <typename Args>
 Args translate(const Problem& p, int head_dim) {
