@@ -117,7 +117,7 @@ def test_in_command_buffers(random):
             oracle.same_bits(recorded(x), plain(x), f"seed {seed}")
 
 
-# Problems larger than the oracle can do: two implementations that share nothing but the interface.
+# Problems larger than the oracle can do: implementations that share nothing but the interface.
 LARGE = {
     "causal": dict(is_causal=True),
     "full": dict(),
@@ -146,12 +146,25 @@ def test_against_ours(name, dtype, d, random):
         (out, lse), vjp = jax.vjp(call, q, k, v)
         return [out, lse, *vjp((dout, jnp.ones_like(lse)))]
 
-    # Of dropout upstream's rows are ours.
-    ours = run("reference" if name == "dropout" else "cuda")
     unit = 2.0**-8 if dtype == "bfloat16" or name == "softcap" else 2.0**-11  # see _yardstick
     limits = {"lse": 1e-4 if name == "softcap" else 1e-5}
-    for what, mine, theirs in zip(("out", "lse", "dq", "dk", "dv"), ours, run("upstream"), strict=True):
-        mine, theirs = (np.asarray(x, np.float64) for x in (mine, theirs))
-        assert np.isfinite(theirs).all(), what
-        error = np.linalg.norm(mine - theirs) / np.linalg.norm(mine)
-        assert error < limits.get(what, 1.5 * unit), f"{what}: {error:.3g}"
+    names, theirs = ("out", "lse", "dq", "dk", "dv"), run("upstream")
+    # Of dropout upstream's rows are ours.
+    for other in ("reference",) if name == "dropout" else ("cuda", "reference"):
+        for what, x, y in zip(names, run(other), theirs, strict=True):
+            x, y = (np.asarray(array, np.float64) for array in (x, y))
+            assert np.isfinite(y).all(), what
+            error = np.linalg.norm(x - y) / np.linalg.norm(x)
+            assert error < limits.get(what, 1.5 * unit), f"{what}, beside {other}: {error:.3g}"
+
+
+def test_errors_are_raised():
+    """What CUDA says of a launch comes back as an error, after which calls are served; upstream ends the process."""
+    q = jnp.ones((2**16, 8, 1, 32), jnp.bfloat16)
+
+    def gradient(q, **options):
+        return jax.grad(lambda q: flashjax.flash_mha(q, q, q, implementation="upstream", **options).sum())(q)
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="invalid configuration"):
+        jax.block_until_ready(gradient(q, deterministic=True))  # more rows than a grid has room for
+    assert np.isfinite(np.asarray(gradient(q[:4], deterministic=True), np.float32)).all()
