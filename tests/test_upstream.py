@@ -12,6 +12,7 @@ import pytest
 
 import flashjax
 import oracle
+import soak
 import test_decode
 import test_sequences
 from cases import CASES, cotangents
@@ -81,6 +82,26 @@ def test_backward(case):
             again = call(arrays, dout_dlse)[1]
             for name in grads:
                 oracle.same_bits(again[name], grads[name], f"gradient of {name}, second call")
+
+
+def _random(count):
+    """Of the soak's cases the first that these rows are made for, whatever else may be asked of them."""
+    seed = 0
+    while count:
+        case = soak.random_case(seed)
+        if case.d % 8 == 0 and case.d <= 256 and case.e in (None, case.d) and not (case.bias or case.segments):
+            yield pytest.param(_half(case), id=case.id)
+            count -= 1
+        seed += 1
+
+
+@pytest.mark.parametrize("case", list(_random(48)))
+def test_random_calls(case):
+    soak.poison()
+    test_forward(case)
+    if case.layout != "cached":
+        soak.poison()
+        test_backward(case)
 
 
 @pytest.mark.parametrize("page", [0, 16])
