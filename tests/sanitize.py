@@ -142,17 +142,23 @@ def calls():
         yield f"{name} with {values}", case, spoiled(case.build(), values)
 
 
-def run(which):
+def run(which, implementation):
     for i, (name, case, inputs) in enumerate(calls()):
         if i not in which:
             continue
         arrays = to_device(inputs.arrays)
-        if case.layout == "cached":
-            results = function(case, inputs, "cuda")(arrays)
-        else:
-            dout_dlse = cotangents(case, case.build(), oracle.run(case, case.build()).lse)
-            results = [differentiated(case, inputs, "cuda", deterministic=x)(arrays, dout_dlse) for x in (False, True)]
-        jax.block_until_ready(results)
+        try:
+            if case.layout == "cached":
+                jax.block_until_ready(function(case, inputs, implementation)(arrays))
+            else:
+                dout_dlse = cotangents(case, case.build(), oracle.run(case, case.build()).lse)
+                for deterministic in (False, True):
+                    call = differentiated(case, inputs, implementation, deterministic=deterministic)
+                    jax.block_until_ready(call(arrays, dout_dlse))
+        except NotImplementedError:
+            if implementation == "cuda":  # which takes them all
+                raise
+            name += ": declined"
         print(f"ran {i}, {name}", flush=True)
 
 
@@ -169,12 +175,13 @@ def planted(tool, folder) -> bool:
     return subprocess.run(sanitized(tool, [str(source.with_suffix(""))]), capture_output=True).returncode == FOUND
 
 
-def checked(tool, which: list[int], end: float) -> tuple[list[int], list[str]]:
+def checked(tool, which: list[int], end: float, implementation: str) -> tuple[list[int], list[str]]:
     """The calls that ran to their end, and what the tool reported. After a crash, of the tool itself too, it goes on
     with the calls after the one that was running."""
     ran, reports = [], []
+    program = [sys.executable, __file__, "--implementation", implementation]
     while which and time.monotonic() < end:
-        command = sanitized(tool, [sys.executable, __file__, "--run", *map(str, which)])
+        command = sanitized(tool, [*program, "--run", *map(str, which)])
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
             text = process.communicate(timeout=max(1.0, end - time.monotonic()))[0]
@@ -202,11 +209,12 @@ def main():
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--jobs", type=int, default=4, help="processes for each tool; the tools run side by side")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th call from the i-th on")
+    parser.add_argument("--implementation", default="cuda", help="or upstream; what it declines counts as run")
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--run", type=int, nargs="+", metavar="CALL", help="these calls alone, under no tool")
     args = parser.parse_args()
     if args.run:
-        run(args.run)
+        run(args.run, args.implementation)
         return
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("compute-sanitizer is not on PATH")
@@ -218,7 +226,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(64) as pool:
         slices = [list(asked)[i :: args.jobs] for i in range(args.jobs)]
         found = {tool: pool.submit(planted, tool, folder) for tool in tools}
-        running = {tool: [pool.submit(checked, tool, part, start + args.seconds) for part in slices] for tool in tools}
+        how = (start + args.seconds, args.implementation)
+        running = {tool: [pool.submit(checked, tool, part, *how) for part in slices] for tool in tools}
         for tool, results in running.items():
             ran = {i for result in results for i in result.result()[0]}
             reports = [line for result in results for line in result.result()[1]]
