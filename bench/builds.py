@@ -1,6 +1,6 @@
 """Another build of flashjax, timed beside the installed one: each runs in a process of its own, burst by burst.
 
-    python -m bench.run --suite h200-forward --build before=SITE ...     # a folder as .ci/gpu leaves it in build/gpu/site
+    python -m bench.run --suite h200-forward --build before=SITE ...  # a folder as .ci/gpu leaves it in build/gpu/site
 
 Two builds cannot share a process, for they register the same names. Here one waits for its turn at the end of a pipe,
 with its arrays, while others use the device.

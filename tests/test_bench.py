@@ -16,7 +16,7 @@ PEERS = ("dew-flash-attn", "fa4-jax", "jax.nn-cudnn")
 
 
 def result(ratio, names=PEERS, slowest=None):
-    """A run of what training is measured by, in which the best peer takes `ratio` times as long as we do, the others longer."""
+    """Training's cells, where the best peer takes `ratio` times as long as we do, the others longer."""
     rows = []
     cells = [*SUITES["h200-forward"], *SUITES["h200-backward"]]
     for cell in cells:
