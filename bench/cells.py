@@ -147,7 +147,10 @@ SUITES: dict[str, list[Cell]] = {
     ],
     "h200-mla": [
         *_train([(4, 4096, 16, 192, (None, 128))], ("causal",)),
-        Cell("decode", 32, 1, 8192, 128, 1, 576, 512, shared=True),
+        *(
+            Cell("decode", b, 1, t, h, 1, 576, 512, shared=True, page=page)
+            for b, t, h, page in ((32, 8192, 128, 0), (32, 8192, 128, 64), (128, 4096, 128, 0), (32, 8192, 16, 0))
+        ),
     ],
     "upstream-h200": _train([(4, 4096, 32, 64, ()), (4, 4096, 16, 128, ()), (4, 4096, 8, 256, ())]),
     "smoke": [
