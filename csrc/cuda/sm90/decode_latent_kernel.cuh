@@ -20,23 +20,25 @@ struct Latent {
   static constexpr int kChunk = kKeys * 128, kTile = D / 64 * kChunk, kQBytes = kRows * D * 2;
   using Work = List<N, kCluster>;
   static constexpr int kSmem =
-      1024 + kQBytes + 2 * kTile + 16 + 8 * 8 + 2 * 4 + 3 * (int)sizeof(Piece) + 4 * 4 * kRows;
+      1024 + kQBytes + 2 * kTile + 16 + 22 * 8 + 2 * 4 + 3 * (int)sizeof(Piece) + 4 * 4 * kRows;
 
   struct Layout {  // shared memory from an aligned base
     u32 q, ring, q_full, q_empty, bars, odd, piece, ref, sum;
     DI explicit Layout(u32 base) {
       q = base, ring = q + kQBytes, q_full = ring + 2 * kTile, q_empty = q_full + 8;
-      bars = q_empty + 8, odd = bars + 64, piece = odd + 8;
+      bars = q_empty + 8, odd = bars + 22 * 8, piece = odd + 8;
       ref = piece + 3 * sizeof(Piece), sum = ref + 8 * kRows;
     }
     // Half h of place `at`: the columns of warpgroup h, and with one of them those that P takes,
     // which the other warpgroup than P's reads last.
-    DI u32 full(int at, int h) const { return bars + 8 * (2 * at + h); }
-    DI u32 empty(int at, int h) const { return bars + 32 + 8 * (2 * at + h); }
+    DI u32 empty(int at, int h) const { return bars + 8 * (2 * at + h); }
+    DI u32 full(int at, int chunk) const { return bars + 32 + 8 * (D / 64 * at + chunk); }
     DI u32 tile(int at) const { return ring + at * kTile; }
     DI u32 weights(int at) const { return ring + at * kTile + 8 * kChunk; }
   };
-  static DI bool has_rest(int at, int h) { return at != h; }
+  // The i-th chunk of 64 columns of place `at` to be asked for and multiplied: its own warpgroup's
+  // half of V is left first, and the one that P takes last.
+  static DI constexpr int order(int at, int i) { return i == 8 ? 8 : (i + 4 * at) & 7; }
 
   static DI void run(const TMap& mq, const TMap& mk, const DecodeArgs& a) {
     extern __shared__ unsigned char smem_raw[];
@@ -47,7 +49,8 @@ struct Latent {
     if (threadIdx.x == 0) {
       prefetch_map(&mq), prefetch_map(&mk);
       mb_init(x.q_full, 1), mb_init(x.q_empty, 8);
-      for (int i = 0; i < 4; i++) mb_init(x.full(0, i), 1), mb_init(x.empty(0, i), kCluster);
+      for (int i = 0; i < 2 * D / 64; i++) mb_init(x.full(0, i), 1);
+      for (int i = 0; i < 4; i++) mb_init(x.empty(0, i), kCluster);
       mb_init_fence();
       fence_async();
     }
@@ -115,31 +118,30 @@ struct Latent {
         }
         next = look(m + 1, lane);
 #pragma unroll 1
-        for (int h = 0; h < 2; h++) {
-          const u32 full = x.full(at, h);
-          const int chunks = 4 + has_rest(at, h);
-          auto load = [&](const Place& from, int box) {
-            if (!from.good() || box * a.pages.box / kBox != rank) return;
-            const u32 to = x.tile(at) + box * a.pages.box * 128;
-#pragma unroll 1
-            for (int i = 0; i < chunks; i++) {
-              const int c = i < 4 ? 4 * h + i : 8;
-              if constexpr (kCluster > 1)
-                tma_load_all(to + c * kChunk, &mk, full, c * 64, from.row, hk, from.page, hint, 3);
-              else
-                tma_load(to + c * kChunk, &mk, full, c * 64, from.row, hk, from.page, hint);
-            }
-          };
+        for (int half = 0; half < 2; half++) {
+          const int h = half ^ at, chunks = 4 + half;
+          auto chunk = [&](int i) { return i < 4 ? 4 * h + i : 8; };
           mb_wait(x.empty(at, h), phase ^ 1);
-          if (lane == 0) {
-            if (h == 1) store_int(x.odd + 4 * at, odd);  // both warpgroups have left the last
-            mb_expect(full, live * a.pages.box * chunks * 128);
+          if (half && lane == 0) store_int(x.odd + 4 * at, odd);  // nobody reads the last
+          __syncwarp();
+          if (lane < chunks) mb_expect(x.full(at, chunk(lane)), live * a.pages.box * 128);
+#pragma unroll 1
+          for (int j = 0; j < boxes; j += 32) {
+            const Place from = j ? look(m, j + lane) : here;
+            const int key = (j + lane) * a.pages.box;
+            if (!from.good() || key / kBox != rank) continue;
+#pragma unroll
+            for (int i = 0; i < 5; i++) {
+              if (i == chunks) break;
+              const u32 to = x.tile(at) + chunk(i) * kChunk + key * 128, bar = x.full(at, chunk(i));
+              if constexpr (kCluster > 1)
+                tma_load_all(to, &mk, bar, chunk(i) * 64, from.row, hk, from.page, hint, 3);
+              else
+                tma_load(to, &mk, bar, chunk(i) * 64, from.row, hk, from.page, hint);
+            }
           }
           __syncwarp();
-          load(here, lane);
-#pragma unroll 1
-          for (int i = 32; i < boxes; i += 32) load(look(m, i + lane), i + lane);
-          if (m == 2 * piece.n0 && h == 0) hand();
+          if (m == 2 * piece.n0 && half == 0) hand();
         }
         phase ^= at;
       }
@@ -173,165 +175,168 @@ struct Latent {
     while (true) {
       mb_wait(x.q_full, q_phase);
       const Piece& piece = handed[q_phase];  // stays until the second after it
-      const Keys& k = piece.keys;
       q_phase ^= 1;
       if (piece.n0 == piece.n1) break;
+      // Of tiles [clear0, clear1) no score is masked; of halves of tiles [whole0, whole1) no key
+      // is.
+      const Keys& k = piece.keys;
+      const int n1 = piece.n1, clear0 = k.clear_begin, clear1 = k.clear_end;
+      const int whole0 = (k.begin + kKeys - 1) / kKeys, whole1 = k.end / kKeys;
       float o[E / 4], s[kKeys / 2], mx[2] = {-infinity(), -infinity()}, sum[2] = {0.f, 0.f};
       u32 pb[kKeys / 4];
 #pragma unroll
       for (int i = 0; i < E / 4; i++) o[i] = 0.f;
 #pragma unroll
       for (int i = 0; i < kKeys / 4; i++) pb[i] = 0;
+      auto tell = [&](const float (&to)[2]) {  // what the next P refers to
+        if (lane & 3) return;
+        store_float(x.ref + 4 * (W * kRows + r0), to[0]);
+        store_float(x.ref + 4 * (W * kRows + r0 + 8), to[1]);
+      };
+      tell(mx);
 
       // From here on P of both warpgroups refers to `to`.
       auto refer = [&](const float (&to)[2]) {
+        if (!__any_sync(~0u, mx[0] != to[0] || mx[1] != to[1])) return;
+        tell(to);
         float f[2];
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
           f[hh] = mx[hh] == to[hh] ? 1.f : ex2((mx[hh] - to[hh]) * c);
           mx[hh] = to[hh], sum[hh] *= f[hh];
         }
-        if (__any_sync(~0u, f[0] != 1.f || f[1] != 1.f)) {
 #pragma unroll
-          for (int j = 0; j < E / 16; j++)
-            o[4 * j] *= f[0], o[4 * j + 1] *= f[0], o[4 * j + 2] *= f[1], o[4 * j + 3] *= f[1];
+        for (int j = 0; j < E / 16; j++)
+          o[4 * j] *= f[0], o[4 * j + 1] *= f[0], o[4 * j + 2] *= f[1], o[4 * j + 3] *= f[1];
+      };
+      auto scores = [&](int n) {
+        const u32 dk = desc_lo(x.tile(W), 16);
+        pin(s);
+#pragma unroll
+        for (int i = 0; i < D / 64; i++) {
+          const int chunk = order(W, i);
+          mb_wait(x.full(W, chunk), phase);
+          wg_fence();
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            const u32 step = chunk * (kChunk >> 4) + j * (32 >> 4);
+            Wgmma<kKeys, F16>::template ss<0, 0>(s, desc(dq + step), desc(dk + step), i + j > 0);
+          }
         }
+        wg_commit();
+        wg_wait<0>();
+        pin(s);
+        const int odd = load_int(x.odd + 4 * W);
+        if (active && (bent || odd || n < clear0 || n >= clear1))
+          Work::template finish<kKeys>(s, a, piece, bent, n < clear0 || n >= clear1, odd,
+                                       n * N + W * kKeys, r0, rank);
       };
-      auto theirs = [&](float (&to)[2]) {  // what the other warpgroup refers to
-        to[0] = load_shared(x.ref + 4 * ((1 - W) * kRows + r0));
-        to[1] = load_shared(x.ref + 4 * ((1 - W) * kRows + r0 + 8));
-      };
-      // The reference that this S needs: the last, as long as no score is far above it.
-      auto reference = [&](float (&to)[2]) {
+      // S becomes P, which refers to `to`: as before, as long as no score is far above that.
+      auto weigh = [&](float (&to)[2]) {
+        float top[2];
+        to[0] = mx[0], to[1] = mx[1];
+        if (!active) return;
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
-          float top = -infinity();
+          top[hh] = s[2 * hh];
 #pragma unroll
           for (int j = 0; j < kKeys / 8; j++)
-            top = fmaxf(top, fmaxf(s[4 * j + 2 * hh], s[4 * j + 2 * hh + 1]));
-          top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-          top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-          to[hh] = (top - mx[hh]) * c > 8.f ? top : mx[hh];
+            top[hh] = fmaxf(top[hh], fmaxf(s[4 * j + 2 * hh], s[4 * j + 2 * hh + 1]));
         }
-      };
-      auto weigh = [&](const float (&to)[2]) {  // S becomes P, here and in shared memory
-        float more[2] = {0.f, 0.f};
+        auto far = [&](int hh) { return (top[hh] - mx[hh]) * c > 8.f; };
+        if (__any_sync(~0u, far(0) || far(1))) {
+#pragma unroll
+          for (int hh = 0; hh < 2; hh++) {
+            top[hh] = fmaxf(top[hh], __shfl_xor_sync(~0u, top[hh], 1));
+            top[hh] = fmaxf(top[hh], __shfl_xor_sync(~0u, top[hh], 2));
+            if (far(hh)) to[hh] = top[hh];
+          }
+          tell(to);
+        }
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
           const float ms = to[hh] == -infinity() ? 0.f : to[hh] * c;
 #pragma unroll
           for (int j = 0; j < kKeys / 8; j++)
 #pragma unroll
-            for (int i = 2 * hh; i < 2 * hh + 2; i++)
-              s[4 * j + i] = ex2(s[4 * j + i] * c - ms), more[hh] += s[4 * j + i];
-          if ((lane & 3) == 0) store_float(x.ref + 4 * (W * kRows + r0 + 8 * hh), to[hh]);
+            for (int i = 4 * j + 2 * hh; i < 4 * j + 2 * hh + 2; i++) s[i] = ex2(s[i] * c - ms);
         }
 #pragma unroll
         for (int i = 0; i < kKeys / 4; i++) pb[i] = pack<F16>(s[2 * i], s[2 * i + 1]);
-        return make_float2(more[0], more[1]);
       };
       auto share = [&]() {
+        bar_sync(4 + W, 128);  // all of S has been made, and its last columns are free
 #pragma unroll
         for (int i = 0; i < kKeys / 16; i++)
           stmatrix4(x.weights(W) + rr * 128 + (((2 * i + (lane >> 4)) ^ (rr & 7)) << 4), pb[4 * i],
                     pb[4 * i + 1], pb[4 * i + 2], pb[4 * i + 3]);
         fence_async();
+        bar_arrive(1 + W, 256);
       };
-      auto scores = [&]() {
-        const u32 dk = desc_lo(x.tile(W), 16);
-        mb_wait(x.full(W, 0), phase);
-        pin(s);
+      auto hear = [&]() {  // of P of the other warpgroup, and of what it refers to
+        bar_sync(2 - W, 256);
+        const float to[2] = {load_shared(x.ref + 4 * ((1 - W) * kRows + r0)),
+                             load_shared(x.ref + 4 * ((1 - W) * kRows + r0 + 8))};
+        refer(to);
+      };
+      // O += P V of place `at`, by P of this warpgroup from registers, of the other one's not.
+      auto multiply = [&](int at, int n) {
+        // Rows of V that P is 0 for may be NaN, and 0 * NaN is NaN.
+        const int m = 2 * n + at, odd = load_int(x.odd + 4 * at);
+        if (odd || m < whole0 || m >= whole1) {
+          if (warp < kKeys / 32)
+            clear_rows<4>(x.tile(at) + 4 * W * kChunk, kKeys, 32 * warp,
+                          Work::dead_keys(a, piece.b, k, m * kKeys + 32 * warp, odd));
+          fence_async();
+          bar_sync(4 + W, 128);
+        }
+        const u32 dv = desc_lo(x.tile(at) + 4 * W * kChunk, kChunk);
+        const u32 dp = desc_lo(x.weights(at), 16);
+        pin(o);
         wg_fence();
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-          if (i == 16) {
-            mb_wait(x.full(W, 1), phase);
-            wg_fence();
-          }
-          const u32 step = (i / 4) * (kChunk >> 4) + (i % 4) * (32 >> 4);
-          Wgmma<kKeys, F16>::template ss<0, 0>(s, desc(dq + step), desc(dk + step), i > 0);
-        }
+        for (int i = 0; i < kKeys / 16; i++)
+          if (at == W)
+            Wgmma<E / 2, F16>::template rs<1>(o, pb[4 * i], pb[4 * i + 1], pb[4 * i + 2],
+                                              pb[4 * i + 3], desc(dv + i * (2048 >> 4)), 1);
+          else
+            Wgmma<E / 2, F16>::template ss<0, 1>(o, desc(dp + i * (32 >> 4)),
+                                                 desc(dv + i * (2048 >> 4)), 1);
         wg_commit();
       };
-      // Rows of V that P is 0 for may be NaN, and 0 * NaN is NaN.
-      auto clean = [&](int at, int j0) {
-        int odd = load_int(x.odd + 4 * at);
-        if (!odd && j0 >= k.begin && j0 + kKeys <= k.end) return;
-        if (warp < kKeys / 32)
-          clear_rows<4>(x.tile(at) + 4 * W * kChunk, kKeys, 32 * warp,
-                        Work::dead_keys(a, piece.b, k, j0 + 32 * warp, odd));
-        fence_async();
-        bar_sync(4 + W, 128);
-      };
-      auto multiply =
-          [&](int at) {  // by P of this warpgroup from registers, of the other one's not
-            const u32 dv = desc_lo(x.tile(at) + 4 * W * kChunk, kChunk);
-            const u32 dp = desc_lo(x.weights(at), 16);
-            pin(o);
-            wg_fence();
-#pragma unroll
-            for (int i = 0; i < kKeys / 16; i++)
-              if (at == W)
-                Wgmma<E / 2, F16>::template rs<1>(o, pb[4 * i], pb[4 * i + 1], pb[4 * i + 2],
-                                                  pb[4 * i + 3], desc(dv + i * (2048 >> 4)), 1);
-              else
-                Wgmma<E / 2, F16>::template ss<0, 1>(o, desc(dp + i * (32 >> 4)),
-                                                     desc(dv + i * (2048 >> 4)), 1);
-            wg_commit();
-          };
-
-#pragma unroll 1
-      for (int n = piece.n0; n < piece.n1; n++) {
-        const int j0 = n * N;
-        float to[2];
-        scores();
-        wg_wait<0>();
-        pin(s), pin(o);
-        if (active)
-          Work::template finish<kKeys>(s, a, piece, bent, n < k.clear_begin || n >= k.clear_end,
-                                       load_int(x.odd + 4 * W), j0 + W * kKeys, r0, rank);
-        if constexpr (W == 0) {
-          reference(to);
-          const float2 more = weigh(to);
-          bar_sync(4 + W, 128);  // all of S has been made, and its columns are free
-          share();
-          bar_arrive(1, 256);
-          refer(to);
-          sum[0] += more.x, sum[1] += more.y;
-          clean(0, j0);
-          multiply(0);
-          wg_wait<0>();
-          pin(o);
-          release(0);
-          bar_sync(2, 256);
-          theirs(to);
-          refer(to);
-          mb_wait(x.full(1, W), phase);
-          clean(1, j0 + kKeys);
-          multiply(1);
-        } else {
-          bar_sync(1, 256);
-          theirs(to);
-          refer(to);
-          mb_wait(x.full(0, W), phase);
-          clean(0, j0);
-          multiply(0);
-          reference(to);
-          const float2 more = weigh(to);
-          bar_sync(4 + W, 128);
-          share();
-          bar_arrive(2, 256);
-          wg_wait<0>();
-          pin(o);
-          release(0);
-          refer(to);
-          sum[0] += more.x, sum[1] += more.y;
-          clean(1, j0 + kKeys);
-          multiply(1);
-        }
+      auto leave = [&](int at) {
         wg_wait<0>();
         pin(o);
-        release(1);
+        release(at);
+      };
+      auto count = [&]() {  // P, under a product
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; i++) sum[(i >> 1) & 1] += s[i];
+      };
+#pragma unroll 1
+      for (int n = piece.n0; n < n1; n++) {
+        float to[2];
+        scores(n);
+        if constexpr (W == 0) {
+          weigh(to);
+          refer(to);
+          share();
+          multiply(0, n);
+          count();
+          leave(0);
+          hear();
+          multiply(1, n);
+        } else {
+          hear();
+          multiply(0, n);
+          weigh(to);
+          share();
+          leave(0);
+          refer(to);
+          multiply(1, n);
+          count();
+        }
+        leave(1);
         phase ^= 1;
       }
       if (lane == 0) mb_arrive(x.q_empty);

@@ -48,7 +48,7 @@ DI void mb_arrive_at(u32 b, u32 rank) {  // the same barrier of another CTA of t
   jitter();
   asm volatile(
       "{.reg .b32 x; mapa.shared::cluster.u32 x, %0, %1;"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [x];}" ::"r"(b),
+      " mbarrier.arrive.shared::cluster.b64 _, [x];}" ::"r"(b),
       "r"(rank)
       : "memory");
 }
