@@ -57,7 +57,35 @@ def _case(seed: int) -> Case:
     )
 
 
+def _short(name: str, **options) -> Case:
+    """Lengths around one tile of keys, in any mixture with those of the queries."""
+    random = np.random.default_rng(len(name))
+    lengths = (0, 1, 63, 64, 65, 127, 128, 129, 200) if ON_GPU else (0, 1, 7, 30)
+    cu_q, cu_k = (_offsets(random, random.choice(lengths, 24), False) for _ in "qk")
+    sizes = {"b": 1, "s": cu_q[-1], "t": cu_k[-1], "h": 12, "g": 6, "d": 64 if ON_GPU else 16}
+    sizes |= {"dtype": "bfloat16" if ON_GPU else "float32", "layout": "packed", "cu_q": cu_q, "cu_k": cu_k}
+    return Case(f"short-{name}", "sequences of one key tile beside others", **(sizes | options))
+
+
 CASES = [pytest.param(_case(seed), id=str(seed)) for seed in range(40 if ON_GPU else 6)]
+CASES += [
+    pytest.param(_short(name, **(options if ON_GPU else options | {"d": 16})), id=f"short-{name}")
+    for name, options in {
+        "full": {},
+        "causal": {"d": 128, "causal": True},
+        "left": {"d": 128, "causal": True, "alignment": "top_left"},
+        "window": {"d": 64, "window": (20, 3)},
+        "sinks": {"d": 128, "sinks": "normal", "causal": True},
+        "softcap": {"d": 64, "softcap": 5.0},
+        "wide": {"d": 256, "causal": True},
+        "odd": {"d": 72, "window": (70, 0)},
+    }.items()
+]
+ROWS = {"layout": "dense", "b": 70 if ON_GPU else 3, "s": 150, "t": 100, "h": 8, "g": 4, "cu_q": None, "cu_k": None}
+CASES += [
+    pytest.param(_short(f"rows-{d}", d=d, causal=True, **ROWS), id=f"short-rows-{d}")
+    for d in ((64, 128) if ON_GPU else (16,))
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -91,6 +119,7 @@ MANY_BLOCKS = {  # more blocks than a GPU has multiprocessors, whose turns to ad
     "scores": {"d": 128, "softcap": 5.0, "causal": True},
     "wide": {"d": 256, "causal": True},
     "wide-window": {"d": 256, "window": (200, -1), "dtype": "float16"},
+    "short": {"d": 128, "causal": True, "cu_q": (*range(0, 2048, 128), 2050, 3000, 3100, 4096)},
 }
 
 
