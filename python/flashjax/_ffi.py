@@ -72,8 +72,8 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
 
 def _own_bytes(target, arrays, attrs):
     """For our own kernels."""
-    b, s, h, d = arrays["q"].shape
-    widest = max(d, arrays["v"].shape[-1])
+    (b, s, h, d), (_, t, g, e) = arrays["q"].shape, arrays["v"].shape
+    widest = max(d, e)
     if attrs.shared_e:
         return _partial_results_bytes(arrays, attrs)
     if arrays["q"].dtype == jnp.float32 or widest > 256:
@@ -90,7 +90,10 @@ def _own_bytes(target, arrays, attrs):
     rows = -(-s // 128) * 128 + 128 * n * bool(packed)  # each sequence begins a tile
     statistics = 4 * b * h * rows * (width + 2)  # dq in float32, and two numbers of each query
     counters = (8 * h + 4) * b * (rows // 64) + 16  # of each 64 queries
-    return -(-(statistics + counters) // 256) * 256 + plan(arrays["k"].shape[1], 64) + plan(s, 64)
+    pieces = 0  # of key tiles without a mask, on no more multiprocessors than any such GPU has: dk and dv in float32
+    if max(attrs.window_left, attrs.window_right) < 0 and not attrs.deterministic and width <= 128:
+        pieces = min_dim(144, 8 * b * g * -(-t // 128)) * (1024 * width + 8)
+    return -(-(statistics + counters) // 256) * 256 + plan(t, 64) + plan(s, 64) + pieces
 
 
 def _partial_results_bytes(arrays: Arrays, attrs: Attrs) -> int:

@@ -21,6 +21,21 @@ struct Made {
   static constexpr auto kKernel = kFunction;
 };
 
+// The key tiles of the last wave as ranges of steps, one for each multiprocessor, where that is worth
+// what a second piece of a tile costs; of at most `room` ranges, and 8 of a tile.
+inline Cut cut_last_wave(int64_t tiles, int64_t steps, int64_t sms, int64_t room) {
+  constexpr int64_t kCost = 8;  // in steps
+  const int64_t rest = tiles % sms, ranges = std::min({sms, 8 * rest, room});
+  const int64_t length = ranges > 0 ? (rest * steps + ranges - 1) / ranges : steps;
+  Cut cut{static_cast<int>(tiles), 0, 0, 0, 0};
+  if (length + kCost > steps || rest * steps > 1 << 30) return cut;
+  cut.whole = static_cast<int>(tiles - rest);
+  cut.ranges = static_cast<int>((rest * steps + length - 1) / length);
+  cut.length = static_cast<int>(length), cut.steps = static_cast<int>(steps);
+  cut.total = static_cast<int>(rest * steps);
+  return cut;
+}
+
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   static_assert(D == E);
@@ -79,10 +94,18 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   a.visits = visits, a.ticket = ticket, a.yields = p.yields;
   a.dq = static_cast<unsigned short*>(p.dq), a.d = static_cast<int>(p.d);
   a.nblocks = static_cast<int>(nblocks), a.group = 1;
+  a.cut.whole = static_cast<int>(blocks);
   if (a.p.left >= 0 || a.p.right >= 0) {  // else all CTAs go through one head in step
     a.group = static_cast<int>(std::min(near, kSpan ? p.g : p.g * p.b));
   } else {
     a.stagger = K::kCounts && !p.deterministic;
+    if (K::kCuts && a.stagger && !p.yields) {
+      constexpr int64_t kPiece = 2 * N * D * 4 + 2 * 4;
+      a.cut = cut_last_wave(blocks, p.h / p.g * query_tiles, device.sms,
+                            (p.workspace_bytes - used) / kPiece);
+      a.partial = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + used);
+      a.there = reinterpret_cast<int*>(a.partial + a.cut.ranges * 2 * N * D);
+    }
   }
   a.deterministic = p.deterministic, a.reverse = p.deterministic && a.p.right >= 0;
   // A query may see nothing if its window lies before the first key or after the last, or if scores
@@ -129,7 +152,8 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     map(dk, p.dk, p.t, p.g, p.d, K::kStoreRows), map(dv, p.dv, p.t, p.g, p.e, K::kStoreRows);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem));
     if (error != cudaSuccess) return error;
-    const int64_t grid = K::kStays && !p.yields ? std::min<int64_t>(blocks, device.sms) : blocks;
+    const int64_t items = a.cut.whole + a.cut.ranges;
+    const int64_t grid = K::kStays && !p.yields ? std::min<int64_t>(items, device.sms) : items;
     kernel<<<static_cast<unsigned>(grid), K::kThreads, K::kSmem, stream>>>(q, k, v, dout, dk, dv,
                                                                            a);
     check(cudaGetLastError());

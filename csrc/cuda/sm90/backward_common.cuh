@@ -7,6 +7,16 @@
 
 namespace flashjax::sm90 {
 
+// How the key tiles of a last wave that would not fill the multiprocessors are shared among them, in
+// rows of one length and without a mask: their steps, `steps` a tile, one tile after the other, are
+// cut into ranges. A tile is then a sum of pieces, see Piece.
+struct Cut {
+  int whole;   // tiles that are not cut, taken first
+  int ranges;  // of `length` steps, but for the last
+  int length;  // at most `steps`, so that a range meets two tiles at most
+  int steps, total;
+};
+
 struct BackwardArgs {
   Problem p;
   const float *lse2,
@@ -22,6 +32,9 @@ struct BackwardArgs {
   int deterministic;   // dQ is added in a fixed order, see visits_before; in rows of one length
   int reverse;         // the last key block of a head comes first
   unsigned short* dq;  // [b, s, h, d]
+  Cut cut;
+  float* partial;  // of a range, dK and dV of a tile that it does not end: [ranges, 2, D, 128]
+  int* there;      // [ranges, 2]: that half is
   int d;
   const Span *keys, *queries;          // of sequences: tiles of N keys, in order, and of M queries
   const int *key_tiles, *query_tiles;  // how many
@@ -54,6 +67,7 @@ template <bool kSpan>
 struct KeyTile : Rows<kSpan> {
   int g, first_head, heads;
   int start;      // the walk goes from here to the end of `blocks`, and on from its beginning
+  int skipped, count;  // of a dense tile, steps that are others'; steps
   bool clean;     // as in BackwardArgs, of this tile
   Blocks blocks;  // of a Span those that need no mask stay behind it, in shared memory
   DI bool masked(int m) const {
@@ -63,7 +77,7 @@ struct KeyTile : Rows<kSpan> {
     x.clear_end = this->load(this->span + sizeof(Span) + 12);
     return x.masked(m);
   }
-  DI u32 steps() const { return heads * (blocks.end - blocks.begin); }
+  DI u32 steps() const { return kSpan ? heads * (blocks.end - blocks.begin) : count; }
   DI Rows<kSpan, true> rows() const {  // for one thread
     return {this->dense_first, this->dense_b, this->dense_head, this->span};
   }
@@ -71,8 +85,13 @@ struct KeyTile : Rows<kSpan> {
 
 struct Walk {
   int m, h;
-  template <class Tile>
-  DI explicit Walk(const Tile& x) : m(x.start), h(x.first_head) {}
+  template <bool kSpan>
+  DI explicit Walk(const KeyTile<kSpan>& x) : m(x.start), h(x.first_head) {
+    if (kSpan || x.skipped == 0) return;
+    const int all = x.blocks.end - x.blocks.begin;
+    h += x.skipped / all, m += x.skipped % all;
+    if (m >= x.blocks.end) m -= all;
+  }
   template <class Tile>
   DI void next(const Tile& x) {
     if (++m == x.blocks.end) m = x.blocks.begin;
@@ -102,11 +121,32 @@ struct Turn {
   }
 };
 
+// What item i of the work is: a tile, or some steps of one. After the whole tiles each range is two
+// items, for it may begin in one tile and end in the next, and that comes first: who ends a tile
+// adds what all earlier ranges have of it, which then is there.
+struct Piece {
+  int tile, begin, end;  // steps, counted within the tile; none: no such item
+  int range, first;      // that this belongs to, and the one in which the tile begins
+  bool last;             // ends the tile
+  DI Piece(const Cut& x, int i) : tile(i), begin(0), end(1 << 30), range(0), first(0), last(true) {
+    if (i < x.whole) return;
+    range = (i - x.whole) / 2;
+    const bool second = (i - x.whole) & 1;
+    const int from = range * x.length, to = min(from + x.length, x.total);
+    const int later = (to - 1) / x.steps, middle = later * x.steps, base = middle - second * x.steps;
+    tile = x.whole + later - second;
+    begin = (second ? from : max(from, middle)) - base, end = (second ? middle : to) - base;
+    first = base / x.length, last = end == x.steps;
+  }
+  DI bool some() const { return begin < end; }
+};
+
 // In rows of one length.
 template <class K>
 DI KeyTile<false> key_tile(const BackwardArgs& a, int i) {
   const Problem& p = a.p;
-  const Turn at(a, i, a.nblocks, p.b * p.g);
+  const Piece piece(a.cut, i);
+  const Turn at(a, piece.tile, a.nblocks, p.b * p.g);
   const int n = ranked(a, at.rank);
   KeyTile<false> x;
   x.heads = p.h / p.g, x.g = at.head % p.g, x.first_head = x.g * x.heads;
@@ -116,6 +156,8 @@ DI KeyTile<false> key_tile(const BackwardArgs& a, int i) {
   x.start = x.blocks.begin;
   if (K::kCounts && a.stagger)
     x.start += (int)((long long)n * (x.blocks.end - x.blocks.begin) / a.nblocks);
+  x.skipped = piece.begin;
+  x.count = min(piece.end, x.heads * (x.blocks.end - x.blocks.begin)) - piece.begin;
   return x;
 }
 

@@ -30,7 +30,8 @@ struct Backward {
                        kDqBytes = M * D * 4;
   static constexpr int kSmem = 3 * kKBytes + 2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
                                2 * kStages * M * 4 + 384 + 1024;
-  static constexpr int kSaidTogether = 4;  // visits, see add_tile
+  static constexpr bool kCuts = kStays && !kSpan;  // see Cut
+  static constexpr int kSaidTogether = 4;          // visits, see add_tile
   static_assert(N == 128 && (D == 64 || D == 128) && (M == 64 || (M == 128 && D == 64)));
   // dV waits for its store in the buffer of dS, a warpgroup's in its own halves, and dK over K.
   static_assert(M >= 64 && kChunks <= 2);
@@ -84,7 +85,7 @@ struct Backward {
       for (u32 k = 0; k == 0 || kStays; k++) {
         const int i = item(x, k);
         if (i < 0) break;
-        compute(mdk, mdv, a, x, tile_of(a, x, i, k), wg - 1, k, it);
+        compute(mdk, mdv, a, x, tile_of(a, x, i, k), i, wg - 1, k, it);
       }
       if (it > 0) bar_sync(kBarDqFree + wg - 1, 160);
       if ((threadIdx.x & 127) == 0) bulk_wait<0>();
@@ -120,14 +121,17 @@ struct Backward {
     u32 it = 0;
     // Not even the first is a CTA's own: then nobody waits for a CTA that does not run yet. And
     // none is taken early, or a long key tile would hold the next.
-    auto take = [&]() -> int { return atomicAdd(a.ticket, 1); };
-    const int tiles = kSpan ? *a.key_tiles * a.p.g : a.nblocks * a.p.b * a.p.g;
+    auto take = [&]() -> int {
+      const int i = atomicAdd(a.ticket, 1);
+      return kCuts ? i + max(i - a.cut.whole, 0) : i;
+    };
+    const int items = kSpan ? *a.key_tiles * a.p.g : a.cut.whole + 2 * a.cut.ranges;
     int i = take();
 #pragma unroll 1
     for (u32 k = 0; k == 0 || kStays; k++) {
       const u32 full = x.k_full + 8 * (k & 1);
       mb_wait(x.k_empty + 8 * (k & 1), ~(k / 2) & 1);
-      const bool end = i >= tiles || (k > 0 && (a.yields || !kStays));
+      const bool end = i >= items || (k > 0 && (a.yields || !kStays));
       store_int(x.item + 4 * (k & 1), end ? -1 : i);
       if (end) {
         mb_arrive(full);
@@ -154,7 +158,13 @@ struct Backward {
       Producer::load_keys(mv, a.p, x.v, tile, x.v_full);
 #pragma unroll 1
       while (left) step();
-      if (kStays && !a.yields) i = take();
+      if (kStays && !a.yields) {
+        const int first = i - a.cut.whole;  // of a range
+        if (kCuts && first >= 0 && first % 2 == 0 && Piece(a.cut, i + 1).some())
+          i++;
+        else
+          i = take();
+      }
     }
   }
 
@@ -292,8 +302,43 @@ struct Backward {
     }
   }
 
+  // dK and dV of a piece. Of one that does not end its tile they are left in memory for the one that
+  // does, which adds them in the order of the ranges; false, then.
+  static DI bool gather(const BackwardArgs& a, int i, int cw, int tid, float (&dk)[D / 2],
+                        float (&dv)[D / 2]) {
+    if (i < a.cut.whole) return true;
+    const Piece piece(a.cut, i);
+    auto at = [&](int range) {
+      return (float4*)a.partial + ((long long)range * 2 + cw) * (D / 4 * 128) + tid;
+    };
+    auto each = [&](auto&& f) {
+#pragma unroll
+      for (int j = 0; j < D / 2; j += 4) f(dk + j, j / 4), f(dv + j, D / 8 + j / 4);
+    };
+    if (!piece.last) {
+      float4* to = at(piece.range);
+      each([&](float* x, int j) { __stcg(to + j * 128, make_float4(x[0], x[1], x[2], x[3])); });
+      bar_sync(kBarStore + cw, 128);
+      if (tid == 0) store_release(a.there + piece.range * 2 + cw, 1);
+      return false;
+    }
+#pragma unroll 1
+    for (int r = piece.first; r < piece.range; r++) {
+      if (tid == 0)
+        while (!load_acquire(a.there + r * 2 + cw)) {
+        }
+      bar_sync(kBarStore + cw, 128);
+      const float4* from = at(r);
+      each([&](float* x, int j) {
+        const float4 y = __ldcg(from + j * 128);
+        x[0] += y.x, x[1] += y.y, x[2] += y.z, x[3] += y.w;
+      });
+    }
+    return true;
+  }
+
   static DI void compute(const TMap& mdk, const TMap& mdv, const BackwardArgs& a, const Layout& x,
-                         const Tile& tile, int cw, u32 k, u32& it) {
+                         const Tile& tile, int i, int cw, u32 k, u32& it) {
     const Problem& p = a.p;
     const int tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
     const bool elect = tid == 0;
@@ -478,6 +523,9 @@ struct Backward {
       wg_wait<0>();
       pin(dk);
       if (elect) mb_arrive(x.q_empty + 8 * s);
+    }
+    if constexpr (kCuts) {
+      if (!gather(a, i, cw, tid, dk, dv)) return;
     }
     // Once nobody reads them any more, dV goes to the buffers of dS, and dK over K. The store clips
     // ragged rows and columns.

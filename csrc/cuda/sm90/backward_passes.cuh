@@ -70,7 +70,10 @@ static __global__ void __launch_bounds__(256)
         const Blocks y = queries_of<K>(k, min(n, k.nblocks - 1));
         visits += __popc(__ballot_sync(~0u, n < k.nblocks && m >= y.begin && m < y.end));
       }
-      if (threadIdx.x == 0 && r0 == 0 && bh == 0) *k.ticket = 0;
+      if (r0 == 0 && bh == 0) {
+        if (threadIdx.x == 0) *k.ticket = 0;
+        for (int n = threadIdx.x; n < 2 * k.cut.ranges; n += 256) k.there[n] = 0;
+      }
     }
   } else {
     float4* acc = (float4*)(k.acc + x.padded * D);
