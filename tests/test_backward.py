@@ -85,6 +85,37 @@ def test_deterministic_with_many_blocks(options):
     check_repeatable(Case("many-blocks", "blocks that wait for each other", **(defaults | options)), "cuda")
 
 
+FEW_TILES = {  # key tiles that are fewer than multiprocessors, or leave some without one at the end
+    "one-head": {"s": 1024, "t": 300, "h": 1},
+    "one-key": {"s": 1024, "t": 1, "h": 3},
+    "heads-8-1": {"s": 600, "t": 640, "h": 8, "dtype": "float16"},
+    "columns-40": {"s": 1500, "t": 700, "h": 5, "g": 5, "d": 40},
+    "columns-64": {"b": 2, "s": 2000, "t": 900, "h": 4, "g": 2, "d": 64},
+    "columns-96": {"b": 3, "s": 777, "t": 1000, "h": 4, "g": 2, "d": 96, "dtype": "float16"},
+    "last-wave": {"b": 4, "s": 1024, "t": 1900, "h": 6, "g": 3},
+}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="elsewhere no key tile is cut")
+@pytest.mark.parametrize("options", FEW_TILES.values(), ids=FEW_TILES)
+def test_key_tiles_in_pieces(options):
+    """Whose queries several multiprocessors share: gradients are right, and those of k and v have the same bits."""
+    defaults = {"b": 1, "g": 1, "d": 128, "dtype": "bfloat16"}
+    case = Case("pieces", "dk and dv are sums over multiprocessors", **(defaults | options))
+    inputs = case.build()
+    arrays = to_device(inputs.arrays)
+    dout_dlse = cotangents(case, inputs, oracle.run(case, inputs).lse)
+    call = differentiated(case, inputs, "cuda")
+    grads = call(arrays, dout_dlse)[1]
+    expected, naive = (oracle.run(case, inputs, dout_dlse, naive=x) for x in (False, True))
+    for name, grad in grads.items():
+        oracle.compare(f"gradient of {name}", grad, expected.grads[name], naive.grads[name], expected.logit)
+    for run in range(3):
+        again = call(arrays, dout_dlse)[1]
+        for name in "kv":
+            oracle.same_bits(again[name], grads[name], f"gradient of {name}, run {run}")
+
+
 def test_lse_alone(implementation):
     """A loss of the lse alone (z-loss): the cotangent of out is a symbolic zero."""
     case = BY_ID["sinks-causal-bfloat16"]

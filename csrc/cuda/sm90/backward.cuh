@@ -21,8 +21,8 @@ struct Made {
   static constexpr auto kKernel = kFunction;
 };
 
-// The key tiles of the last wave as ranges of steps, one for each multiprocessor, where that is worth
-// what a second piece of a tile costs; of at most `room` ranges, and 8 of a tile.
+// The key tiles of the last wave as ranges of steps, one for each multiprocessor, where that is
+// worth what a second piece of a tile costs; of at most `room` ranges, and 8 of a tile.
 inline Cut cut_last_wave(int64_t tiles, int64_t steps, int64_t sms, int64_t room) {
   constexpr int64_t kCost = 8;  // in steps
   const int64_t rest = tiles % sms, ranges = std::min({sms, 8 * rest, room});

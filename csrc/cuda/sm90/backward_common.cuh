@@ -7,9 +7,9 @@
 
 namespace flashjax::sm90 {
 
-// How the key tiles of a last wave that would not fill the multiprocessors are shared among them, in
-// rows of one length and without a mask: their steps, `steps` a tile, one tile after the other, are
-// cut into ranges. A tile is then a sum of pieces, see Piece.
+// How the key tiles of a last wave that would not fill the multiprocessors are shared among them,
+// in rows of one length and without a mask: their steps, `steps` a tile, one tile after the other,
+// are cut into ranges. A tile is then a sum of pieces, see Piece.
 struct Cut {
   int whole;   // tiles that are not cut, taken first
   int ranges;  // of `length` steps, but for the last
@@ -66,10 +66,10 @@ enum : int {
 template <bool kSpan>
 struct KeyTile : Rows<kSpan> {
   int g, first_head, heads;
-  int start;      // the walk goes from here to the end of `blocks`, and on from its beginning
+  int start;           // the walk goes from here to the end of `blocks`, and on from its beginning
   int skipped, count;  // of a dense tile, steps that are others'; steps
-  bool clean;     // as in BackwardArgs, of this tile
-  Blocks blocks;  // of a Span those that need no mask stay behind it, in shared memory
+  bool clean;          // as in BackwardArgs, of this tile
+  Blocks blocks;       // of a Span those that need no mask stay behind it, in shared memory
   DI bool masked(int m) const {
     if constexpr (!kSpan) return blocks.masked(m);
     Blocks x;
@@ -133,7 +133,8 @@ struct Piece {
     range = (i - x.whole) / 2;
     const bool second = (i - x.whole) & 1;
     const int from = range * x.length, to = min(from + x.length, x.total);
-    const int later = (to - 1) / x.steps, middle = later * x.steps, base = middle - second * x.steps;
+    const int later = (to - 1) / x.steps, middle = later * x.steps,
+              base = middle - second * x.steps;
     tile = x.whole + later - second;
     begin = (second ? from : max(from, middle)) - base, end = (second ? middle : to) - base;
     first = base / x.length, last = end == x.steps;

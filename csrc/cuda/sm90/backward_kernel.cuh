@@ -302,8 +302,8 @@ struct Backward {
     }
   }
 
-  // dK and dV of a piece. Of one that does not end its tile they are left in memory for the one that
-  // does, which adds them in the order of the ranges; false, then.
+  // dK and dV of a piece. Of one that does not end its tile they are left in memory for the one
+  // that does, which adds them in the order of the ranges; false, then.
   static DI bool gather(const BackwardArgs& a, int i, int cw, int tid, float (&dk)[D / 2],
                         float (&dv)[D / 2]) {
     if (i < a.cut.whole) return true;
