@@ -25,11 +25,6 @@ class Block(NamedTuple):
     shift: int
 
     @property
-    def extents(self):
-        """All but where it begins."""
-        return self.rows[1] - self.rows[0], self.cols[1] - self.cols[0], self.left, self.right, self.shift
-
-    @property
     def work(self) -> int:
         """How many scores are not masked."""
         keys = self.cols[1] - self.cols[0]
@@ -50,40 +45,14 @@ class Mask(NamedTuple):
     is_positional: bool  # distances matter even where nothing is masked (alibi)
 
 
-def plans(queries: Sequence, keys: Sequence, mask: Mask) -> list[tuple[Block, ...]]:
-    """The blocks of each device, given its pieces of the queries and of the keys that it has.
-
-    Where it can be, they are cut so that devices differ only in where their blocks begin: then one program serves all.
-    Zigzag can: of queries (front, back) and keys (front, back) a device has either all queries and the front keys, or
-    the back queries and all keys, which is back with front, and one more pair of halves.
-    """
-    merged = [blocks(q, k, mask) for q, k in zip(queries, keys, strict=True)]
-    if are_alike(merged):
-        return merged
-    cut = [blocks(q, k, mask, can_merge=False) for q, k in zip(queries, keys, strict=True)]
-    shared = set(cut[0]).intersection(*cut)
-    cut = [tuple(sorted(plan, key=lambda x: (x not in shared, x))) for plan in cut]
-    return cut if are_alike(cut) else merged
-
-
-def are_alike(plans: Sequence[tuple[Block, ...]]) -> bool:
-    """Whether the blocks of all devices differ only in where they begin."""
-    return len({tuple(block.extents for block in plan) for plan in plans}) == 1
-
-
-def blocks(queries: Sequence[Piece], keys: Sequence[Piece], mask: Mask, can_merge: bool = True) -> tuple[Block, ...]:
+def blocks(queries: Sequence[Piece], keys: Sequence[Piece], mask: Mask) -> tuple[Block, ...]:
     """The calls that make up the attention of one device's queries to another's (or its own) keys."""
     is_order = mask.left < 0 and mask.right == 0 and mask.offset == 0 and not mask.is_positional
-    if (
-        can_merge
-        and is_order
-        and queries == keys
-        and all(p.start + p.length <= q.start for p, q in itertools.pairwise(keys))
-    ):
+    if is_order and queries == keys and all(p.start + p.length <= q.start for p, q in itertools.pairwise(keys)):
         end = keys[-1].offset + keys[-1].length  # rows and keys are in order here, and causality asks no more
         return (Block((0, end), (0, end), -1, 0, 0),)
     found = [block for q in queries for k in keys if (block := _block(q, k, mask)) is not None]
-    return tuple(_merged(found) if can_merge and not mask.is_positional else found)
+    return tuple(_merged(found) if not mask.is_positional else found)
 
 
 def _block(q: Piece, k: Piece, mask: Mask) -> Block | None:

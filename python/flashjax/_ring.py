@@ -7,6 +7,7 @@ sequence of some heads. Each is the function that one device runs, between colle
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from flashjax._types import Arrays, Split
 
 _KEY_SIDE = ("k", "v", "segment_ids_k")
 _CACHE = ("leftpad", "batch_idx", "page_table", "shift")
+_AT_ONCE = 4  # so many hops are added up in one pass over float32
 
 
 class Extents(NamedTuple):
@@ -212,17 +214,17 @@ def _ulysses(call, implementation, line, operands):
 def hops(queries, keys, mask: Mask) -> list[tuple[int, list[tuple[Block, ...]]]]:
     """For each distance over which keys are needed at all: the blocks of each device."""
     n = len(queries)
-    found = [(d, _blocks.plans(queries, [keys[(i - d) % n] for i in range(n)], mask)) for d in range(n)]
+    found = [(d, [_blocks.blocks(queries[i], keys[(i - d) % n], mask) for i in range(n)]) for d in range(n)]
     return [(d, plans) for d, plans in found if any(plans)]
 
 
 class _Spot(NamedTuple):
-    """A block in the arrays of this device. Where devices differ is known at run time only."""
+    """A call: the part of the arrays, the window, and what of the part is this device's, known at run time only."""
 
-    block: Block  # its extents and its window
-    row: int | jax.Array
-    col: int | jax.Array
-    shift: jax.Array | None  # None: the block's
+    block: Block  # shift means nothing here
+    top_left: bool
+    shift: jax.Array | None
+    ends: tuple[jax.Array, jax.Array] | None  # (first, last + 1) of the block's rows, and of its columns; None: all
 
 
 class _Parts:
@@ -259,7 +261,7 @@ class _Parts:
         if bias is not None:
             gathered["bias"] = bias
         keys = _pieces(SequenceLayout() if layout.kind == "zigzag" else layout, self.t, 1)[0]
-        return gathered, _blocks.plans(self.queries, [keys] * self.line.n, self.mask), back
+        return gathered, [_blocks.blocks(queries, keys, self.mask) for queries in self.queries], back
 
     # Forward.
 
@@ -277,8 +279,13 @@ class _Parts:
             keys, plans, _ = self._all_at_once()
             out, lse = self._attend(plans, keys, so_far, (out, lse)) or (out, lse)
             return [out.astype(q.dtype), lse]
-        for _, plans, keys in self._visits(route):
+
+        def hop(i, _, plans, keys):
+            nonlocal so_far
             so_far = self._attend(plans, keys, so_far, (out, lse))
+            return so_far if i % _AT_ONCE == _AT_ONCE - 1 else so_far[1:]
+
+        self._go_around(route, hop)
         out, lse = so_far or (out, lse)
         return [out.astype(q.dtype), lse]
 
@@ -290,10 +297,9 @@ class _Parts:
                 so_far = self._attend_block(spot, keys, so_far, nothing)
             return so_far
 
-        cases = self._cases(plans)
-        if len(cases) == 1:
-            return branch(cases[0][0], so_far)
-        return self._switch(cases, lambda spots: functools.partial(branch, spots), so_far or nothing)
+        if self._is_one_program(plans):
+            return branch(self._spots(plans), so_far)
+        return self._switch(plans, branch, so_far or nothing)
 
     def _attend_block(self, spot, keys, so_far, nothing):
         call, operands = self._block_call(spot, self.arrays | keys)
@@ -306,10 +312,11 @@ class _Parts:
                 if out.shape == nothing[0].shape:
                     return out, lse
                 so_far = nothing
-            old_out, old_lse = _cut(so_far[0], 1, spot.row, lse.shape[2]), _cut(so_far[1], 2, spot.row, lse.shape[2])
+            at = {1: spot.block.rows}, {2: spot.block.rows}
+            old_out, old_lse = (_cut(x, y) for x, y in zip(so_far, at, strict=True))
             new_lse = jnp.logaddexp(old_lse, lse)
             new_out = old_out * _weight(old_lse, new_lse) + out * _weight(lse, new_lse)
-            return _put(so_far[0], new_out, {1: spot.row}), _put(so_far[1], new_lse, {2: spot.row})
+            return tuple(_put(x, y, z) for x, y, z in zip(so_far, (new_out, new_lse), at, strict=True))
 
         if "segment_ids_q" in call.names:
             so_far = so_far or nothing
@@ -327,70 +334,64 @@ class _Parts:
             keys, plans, layout = self._all_at_once()
             parts = self._gradients(plans, keys)
             for name in ("k", "v"):
-                sums[name] = line.scatter_sum(layout.reorder(parts[name]), 1)
+                sums[name] = line.scatter_sum(layout.reorder(parts[name].astype(jnp.float32)), 1)
             sums["q"] = parts["q"]
             if "bias" in parts:
                 sums["bias"] = layout.reorder(parts["bias"], 4) if parts["bias"].shape[4] > 1 else parts["bias"]
         else:
-            # Own keys come last: gradients of the others' are on their way home while those of the own are computed.
-            route = sorted(route, key=lambda hop: hop[0] or line.n)
-            travelling, at = None, 0
-            for distance, plans, keys in self._visits(route):
+            # What is left of the own keys' gradients comes home while they are used, which therefore are last.
+            def hop(i, distance, plans, keys):
                 parts = self._gradients(plans, keys)
-                sums["q"] = parts["q"] if travelling is None else sums["q"] + parts["q"]
+                ready = [parts["k"]]  # what the transfer waits for must have another use, or XLA drops it
+                if i % _AT_ONCE == _AT_ONCE - 1:
+                    ready += [sums[name] for name in ("q", "k", "v")]
+                sums["q"] = sums["q"] + parts["q"]
                 if "bias" in sums:
                     sums["bias"] = self._add_bias(sums["bias"], parts["bias"], distance)
-                # What travels left when its last part was there, while this one was computed.
-                travelling = {
-                    name: parts[name]
-                    if travelling is None
-                    else line.shift(travelling[name], distance - at) + parts[name]
-                    for name in ("k", "v")
-                }
-                at = distance
-            if travelling is None:
-                travelling = {name: jnp.zeros(self.key_side[name].shape, jnp.float32) for name in ("k", "v")}
-            # Complete, so that the dtype of the result will do for what may be left of the way.
-            sums |= {name: line.shift(x.astype(arrays["q"].dtype), -at) for name, x in travelling.items()}
+                parcels, unpack = _parcels({name: parts[name] for name in ("k", "v")})
+                for name, x in unpack([line.shift(x, -distance) for x in parcels]).items():
+                    sums[name] = sums[name] + x
+                return ready
+
+            sums |= {name: jnp.zeros(self.key_side[name].shape, jnp.float32) for name in ("k", "v")}
+            self._go_around(sorted(route, key=lambda hop: hop[0] or line.n), hop, arrays["dout"])
         if "sinks" in self.call.wanted:
             sums["sinks"] = self._sinks_gradient()
         dtypes = [jnp.float32 if slot.type != "T" else arrays["q"].dtype for slot in self.call.results]
         return [sums[slot.name].astype(dtype) for slot, dtype in zip(self.call.results, dtypes, strict=True)]
 
     def _gradients(self, plans, keys):
-        """float32 gradients by name, of the part of the scores that these keys have."""
+        """Gradients by name, of the part of the scores that these keys have: float32 where parts were added."""
         present = self.arrays | keys
         wanted = ("q", "k", "v", *(("bias",) if "bias" in self.call.wanted else ()))
+        alone = self._is_one_program(plans)
 
         def branch(spots):
             sums = {}
             for spot in spots:
                 for name, x in self._block_gradients(spot, present, wanted).items():
                     if name not in sums:
-                        if x.shape == present[name].shape:
+                        if alone and len(spots) == 1 and x.shape == present[name].shape:
                             sums[name] = x
                             continue
                         sums[name] = jnp.zeros(present[name].shape, jnp.float32)
-                    at = self._start(name, present[name].shape, spot)
-                    old = functools.reduce(lambda y, axis: _cut(y, axis, at[axis], x.shape[axis]), at, sums[name])
-                    sums[name] = _put(sums[name], old + x, at)
+                    at = self._extent(name, present[name].shape, spot)
+                    sums[name] = _put(sums[name], _cut(sums[name], at) + x, at)
             return [sums.get(name, jnp.zeros(present[name].shape, jnp.float32)) for name in wanted]
 
-        results = self._switch(self._cases(plans), lambda spots: functools.partial(branch, spots))
+        results = branch(self._spots(plans)) if alone else self._switch(plans, branch)
         return dict(zip(wanted, results, strict=True))
 
     def _block_gradients(self, spot, present, wanted):
         call, operands = self._block_call(spot, present)
         compute = functools.partial(call.compute, self._implementation(call, operands))
 
-        def run():
-            return [x.astype(jnp.float32) for x in compute(*operands)]
-
         if "segment_ids_q" in call.names:
-            shapes = [shape for shape, _ in call.result_types(operands)]
-            nothing = lambda: [jnp.zeros(shape, jnp.float32) for shape in shapes]  # noqa: E731
-            return dict(zip(wanted, jax.lax.cond(_may_meet(call, operands), run, nothing), strict=True))
-        return dict(zip(wanted, run(), strict=True))
+            nothing = lambda *_: [jnp.zeros(shape, dtype) for shape, dtype in call.result_types(operands)]  # noqa: E731
+            results = jax.lax.cond(_may_meet(call, operands), compute, nothing, *operands)
+        else:
+            results = compute(*operands)
+        return dict(zip(wanted, results, strict=True))
 
     def _sinks_gradient(self):
         x = {name: self.arrays[name].astype(jnp.float32) for name in ("out", "lse", "dout", "dlse", "sinks")}
@@ -401,17 +402,26 @@ class _Parts:
 
     # The way around the ring.
 
-    def _visits(self, route):
-        """(distance, plans, keys) of each hop. The next keys are sent for before these are used."""
-        keys = self._moved(self.key_side, 0, route[0][0]) if route else {}
-        for i, (distance, plans) in enumerate(route):
-            following = self._moved(keys, distance, route[i + 1][0]) if i + 1 < len(route) else {}
-            yield distance, plans, keys | self._bias_of(distance)
-            keys = following
+    def _go_around(self, route, hop, start=None):
+        """hop(i, distance, plans, keys) for each hop; it returns what it computed.
 
-    def _moved(self, keys, at, distance):
-        """The keys of the device `distance` places before this one, from those of the device `at` places before."""
-        return {name: self.line.shift(x, distance - at) for name, x in keys.items()} if distance else self.key_side
+        The next keys are sent for before these are used, but not before the last hop is done: they need nothing else,
+        so XLA might send all of them first, and would hold the keys of all devices at once.
+        """
+        parcels, unpack = _parcels(self.key_side)
+        at, done = 0, start
+
+        def send(distance):
+            waiting = parcels if done is None else jax.lax.optimization_barrier((parcels, done))[0]
+            return [self.line.shift(x, distance - at) for x in waiting]
+
+        for i, (distance, plans) in enumerate(route):
+            if i == 0 and distance:
+                parcels, at = send(distance), distance
+            ahead = route[i + 1][0] if i + 1 < len(route) else 0
+            sent = send(ahead) if ahead else parcels
+            done = hop(i, distance, plans, (unpack(parcels) if distance else self.key_side) | self._bias_of(distance))
+            parcels, at = sent, ahead
 
     def _bias_of(self, distance):
         bias = self.arrays.get("bias")
@@ -429,68 +439,73 @@ class _Parts:
 
     # One block.
 
-    def _cases(self, plans):
-        """What the program must tell apart: the spots of each case, and the devices that it is for."""
+    def _is_one_program(self, plans) -> bool:
+        """Whether one program serves all devices; a bias has its rows, which packed calls count otherwise."""
+        return "bias" not in self.arrays or len(set(plans)) == 1
 
-        def where(values):
-            return values[0] if len(set(values)) == 1 else self.line.pick(values)
+    def _switch(self, plans, function, *operands):
+        """function(spots of this device, *operands), by conditions."""
+        return self.line.switch(plans, lambda plan: functools.partial(function, self._spots([plan])), *operands)
 
-        def kind(plan):
-            if _blocks.are_alike(plans):
-                return ()
-            return tuple(block._replace(shift=0) if self.mask.is_positional else block for block in plan)
+    def _spots(self, plans) -> list[_Spot]:
+        """The blocks of all devices as calls: where they differ, packed ones whose ends are known at run time.
 
-        cases = {}
-        for place, plan in enumerate(plans):
-            cases.setdefault(kind(plan), []).append(place)
-        found = []
-        for places in cases.values():
-            spots = []
-            for i, block in enumerate(plans[places[0]]):
-                # Of every device of the line, for `pick`: those that take another case may pick anything.
-                own = [plans[place if place in places else places[0]][i] for place in range(self.line.n)]
-                # Where distances matter, a shift is a value at run time, so that devices differ in less.
-                shift = self.line.pick([x.shift for x in own]) if self.mask.is_positional else None
-                spots.append(_Spot(block, where([x.rows[0] for x in own]), where([x.cols[0] for x in own]), shift))
-            found.append((tuple(spots), places))
-        return found
+        Where a device has fewer blocks of a window than others, it has an empty sequence.
+        """
+        spots = []
+        for left, right in dict.fromkeys((x.left, x.right) for plan in plans for x in plan):
+            alike = [[x for x in plan if (x.left, x.right) == (left, right)] for plan in plans]
+            for own in itertools.zip_longest(*alike):
+                some = [x for x in own if x is not None]
+                rows, cols = (
+                    (min(first for first, _ in ranges), max(end for _, end in ranges))
+                    for ranges in ([x.rows for x in some], [x.cols for x in some])
+                )
+                empty = Block((rows[0],) * 2, (cols[0],) * 2, left, right, 0)
+                own = [x or empty for x in own]
+                ends = None
+                if len({(x.rows, x.cols) for x in own}) > 1:
+                    ends = (
+                        self._pick_range([x.rows for x in own], rows[0]),
+                        self._pick_range([x.cols for x in own], cols[0]),
+                    )
+                at_end = all(x.shift == x.cols[1] - x.cols[0] - (x.rows[1] - x.rows[0]) for x in own)
+                shifts = [x.shift for x in own]
+                shift = self.line.pick(shifts) if any(shifts) and not at_end else None
+                spots.append(_Spot(Block(rows, cols, left, right, 0), not at_end, shift, ends))
+        return spots
 
-    def _switch(self, cases, function, *operands):
-        """function(spots of this device's case)(*operands)."""
-        case = {place: i for i, (_, places) in enumerate(cases) for place in places}
-        number = [case[place] for place in range(self.line.n)]
-        return self.line.switch(number, lambda i: function(cases[i][0]), *operands)
+    def _pick_range(self, ranges, origin: int):
+        """This device's (first, last + 1), counted from the origin."""
+        return jnp.stack([self.line.pick([x[i] - origin for x in ranges]) for i in range(2)])
 
-    def _start(self, name, shape, spot: _Spot):
-        """Where a spot begins in an array: axis -> index, of the axes that it cuts."""
-        letters = SLOTS[name].letters
+    def _extent(self, name, shape, spot: _Spot):
+        """What a spot takes of an array: axis -> (first, last + 1), of the axes that it cuts."""
         return {
-            axis: spot.row if letter == "s" else spot.col
-            for axis, letter in enumerate(letters)
+            axis: spot.block.rows if letter == "s" else spot.block.cols
+            for axis, letter in enumerate(SLOTS[name].letters)
             if letter in "st" and not (name == "bias" and shape[axis] == 1)
         }
 
     def _block_call(self, spot: _Spot, arrays):
         """An ordinary call, on what a spot is about."""
-        block, shift = spot.block, spot.shift
-        rows, cols = block.rows[1] - block.rows[0], block.cols[1] - block.cols[0]
-
-        def cut(name, x):
-            for axis, start in self._start(name, x.shape, spot).items():
-                x = _cut(x, axis, start, rows if SLOTS[name].letters[axis] == "s" else cols)
-            return x
-
-        arrays = {name: cut(name, x) for name, x in arrays.items() if name != "sinks"}  # which all keys share
-        top_left = block.shift != cols - rows
-        if shift is None and top_left and block.shift:
-            shift = jnp.int32(block.shift)
-        if shift is not None:
-            arrays["shift"], top_left = jnp.broadcast_to(shift, arrays["q"].shape[:1]), True
+        arrays = {
+            name: _cut(x, self._extent(name, x.shape, spot))
+            for name, x in arrays.items()
+            if name != "sinks"  # which all keys share
+        }
+        b = arrays["q"].shape[0]
+        if spot.shift is not None:
+            arrays["shift"] = jnp.broadcast_to(spot.shift, (b,))
+        if spot.ends is not None:
+            arrays |= {
+                f"cu_seqlens_{side}": jnp.broadcast_to(x, (b, 2)) for side, x in zip("qk", spot.ends, strict=True)
+            }
         attrs = dataclasses.replace(
             self.call.attrs,
-            window_left=block.left,
-            window_right=block.right,
-            top_left=top_left,
+            window_left=spot.block.left,
+            window_right=spot.block.right,
+            top_left=spot.top_left,
             max_seqlen_q=-1,
             max_seqlen_k=-1,
             yields=self.strategy == "ring",
@@ -561,16 +576,38 @@ def _weight(part, total):
     return jnp.moveaxis(jnp.where(total > -jnp.inf, jnp.exp(part - total), 0), 1, 2)[..., None]
 
 
-def _cut(x, axis, start, size):
-    if size == x.shape[axis]:
-        return x
-    if isinstance(start, int):
-        return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
-    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+def _cut(x, at):
+    """What lies between the indices `at` of some axes."""
+    for axis, (start, end) in at.items():
+        x = jax.lax.slice_in_dim(x, start, end, axis=axis)
+    return x
 
 
 def _put(x, part, at):
-    """x with `part` at the indices `at` of some axes."""
+    """x with `part` there."""
     if part.shape == x.shape:
         return part
-    return jax.lax.dynamic_update_slice(x, part, [at.get(axis, 0) for axis in range(x.ndim)])
+    return jax.lax.dynamic_update_slice(x, part, [at.get(axis, (0, 0))[0] for axis in range(x.ndim)])
+
+
+def _parcels(arrays):
+    """Arrays to send, and what takes them apart: all of a dtype in one, because XLA may send but one at a time."""
+    groups = {}
+    for name, x in arrays.items():
+        groups.setdefault(x.dtype, []).append(name)
+    groups = list(groups.values())
+
+    def unpack(parcels):
+        found = {}
+        for names, parcel in zip(groups, parcels, strict=True):
+            start = 0
+            for name in names:
+                x = arrays[name]
+                found[name] = parcel[start : start + x.size].reshape(x.shape) if len(names) > 1 else parcel
+                start += x.size
+        return found
+
+    return [
+        jnp.concatenate([arrays[name].ravel() for name in names]) if len(names) > 1 else arrays[names[0]]
+        for names in groups
+    ], unpack
