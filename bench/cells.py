@@ -27,6 +27,8 @@ class Cell:
     page: int = 0  # page size of a paged cache; 0: contiguous
     deterministic: bool = False  # gradients with the same bits in every run
     shared: bool = False  # the values are columns of the keys
+    bias: str = ""  # a letter or 1 for each dimension, as in "1 h s t"; of the operands' dtype
+    frozen: bool = False  # the bias gets no gradient
 
     @property
     def id(self) -> str:
@@ -41,6 +43,8 @@ class Cell:
             extra += [f"page{self.page}"]
         if self.deterministic:
             extra += ["deterministic"]
+        if self.bias:
+            extra += ["bias" + self.bias.replace(" ", "")] + ["frozen"] * self.frozen
         return "-".join([self.mode, self.dtype, f"b{self.b}", f"s{lengths}", f"h{heads}", f"d{dims}", *extra])
 
     def pairs(self) -> float:
@@ -124,6 +128,18 @@ SUITES: dict[str, list[Cell]] = {
         _square("bwd", 4, 4096, h, d, mask, deterministic=True)
         for h, d in ((32, 64), (16, 128), (8, 256))
         for mask in ("full", "causal")
+    ],
+    "h200-bias": [
+        *(
+            _square("bwd", 1, 4096, h, d, mask, bias="1 h s t", frozen=frozen)
+            for h, d in ((16, 64), (16, 128), (8, 256))
+            for mask in ("full", "causal")
+            for frozen in (False, True)
+        ),
+        *(
+            _square("bwd", b, s, 16, 128, "full", bias=bias)
+            for b, s, bias in ((1, 4096, "1 1 s t"), (4, 2048, "1 h s t"), (4, 2048, "b 1 1 t"))
+        ),
     ],
     "h200-dispatch": [_square("chain", 1, 128, 1, 128, "full")],
     "h200-packed": [

@@ -39,7 +39,7 @@ def _generator():
     )
 
 
-@functools.lru_cache(maxsize=4)  # those of one cell: everybody is timed on the same arrays
+@functools.lru_cache(maxsize=5)  # those of one cell: everybody is timed on the same arrays
 def _operand(shape, dtype, seed):
     import jax
     import jax.numpy as jnp
@@ -55,6 +55,7 @@ def _extents(cell):
         "k": (cell.b, cell.t, cell.g, cell.d),
         "v": (cell.b, cell.t, cell.g, cell.e),
         "dout": (cell.b, cell.s, cell.h, cell.e),
+        "bias": tuple(1 if x == "1" else getattr(cell, x) for x in cell.bias.split()),
     }
 
 
@@ -62,16 +63,21 @@ def _cu_seqlens(cell):
     return np.concatenate(([0], np.cumsum(cell.lengths))).astype(np.int32)
 
 
+def _bias(cell):
+    return [_operand(_extents(cell)["bias"], cell.dtype, 4)] if cell.bias else []
+
+
 class Jax:
     """What is written in JAX: subclasses give the function of (q, k, v) for a cell."""
 
     package = "jax"
+    takes_bias = False
 
     def load(self):
         self.module = importlib.import_module(self.package)
 
     def function(self, cell: Cell):
-        """(f, more): out = f(q, k, v, *more), with arrays `more` that get no gradient."""
+        """(f, more): out = f(q, k, v, *more), with arrays `more`, of which only a bias gets a gradient."""
         raise NotImplementedError(f"no function for mode {cell.mode}")
 
     def decode(self, cell: Cell):
@@ -88,6 +94,8 @@ class Jax:
 
         if cell.deterministic and not isinstance(self, Flashjax):
             raise NotImplementedError("no such option in the public function")
+        if cell.bias and not self.takes_bias:
+            raise NotImplementedError("no bias in the public function")
         if cell.mode == "decode":
             f, arrays = self.decode(cell)
 
@@ -116,7 +124,10 @@ class Jax:
             if cell.mode == "fwd":
                 call = functools.partial(jax.jit(f), q, k, v, *more)
             else:
-                _, pull = jax.jit(lambda q, k, v, *more: jax.vjp(lambda *qkv: f(*qkv, *more), q, k, v))(q, k, v, *more)
+                fixed = len(more) if cell.frozen or not cell.bias else 0
+                moving = [q, k, v, *more[: len(more) - fixed]]
+                rest = more[len(more) - fixed :]
+                _, pull = jax.jit(lambda xs, rest: jax.vjp(lambda *xs: f(*xs, *rest), *xs))(moving, rest)
                 call = functools.partial(jax.jit(lambda pull, dout: pull(dout)), pull, dout)
 
         def run(n):
@@ -129,6 +140,7 @@ class Jax:
 
 class Flashjax(Jax):
     package = "flashjax"
+    takes_bias = True
 
     def __init__(self, implementation=None):
         self.implementation = implementation
@@ -156,7 +168,7 @@ class Flashjax(Jax):
             return lambda q, k, v, ids: self.module.flash_mha(
                 q, k, v, segment_ids=ids, **options | {"is_causal": True}
             ), [ids]
-        return lambda q, k, v: self.module.flash_mha(q, k, v, **options), []
+        return lambda q, k, v, bias=None: self.module.flash_mha(q, k, v, bias=bias, **options), _bias(cell)
 
     def decode(self, cell, **options):
         import jax.numpy as jnp
@@ -181,6 +193,7 @@ class JaxNN(Jax):
     """jax.nn.dot_product_attention with one of its implementations."""
 
     package = "jax.nn"
+    takes_bias = True
 
     def __init__(self, implementation):
         self.implementation = implementation
@@ -202,7 +215,7 @@ class JaxNN(Jax):
         options = {"is_causal": cell.mask == "causal"}
         if cell.mask == "window":
             options |= {"is_causal": True, "local_window_size": (cell.window, 0)}
-        return lambda q, k, v: self.call(q, k, v, **options), []
+        return lambda q, k, v, bias=None: self.call(q, k, v, bias, **options), _bias(cell)
 
     def decode(self, cell):
         if cell.page:
@@ -308,7 +321,7 @@ class Torch:
 
         if cell.mode not in ("fwd", "bwd") or cell.mask not in ("full", "causal") or cell.packed or cell.h != cell.g:
             raise NotImplementedError("compared on dense attention only")
-        if cell.deterministic:
+        if cell.deterministic or cell.bias:
             raise NotImplementedError("compared as it comes")
         shapes, dtype = _extents(cell), getattr(torch, cell.dtype)
         on_cpu = self.device == "cpu"
