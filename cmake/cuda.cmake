@@ -151,7 +151,7 @@ if(sources STREQUAL "")
 endif()
 file(CONFIGURE OUTPUT "${generated}/built_kernels.def" CONTENT "${built}" @ONLY)
 
-# dbias, which every family's backward leaves to the portable one.
+# dbias by itself: what the other families' backward does not write, the portable one does.
 flashjax_gencode(gencode archs simt 75 999)
 set_source_files_properties(csrc/cuda/simt/bias.cu PROPERTIES COMPILE_OPTIONS "${gencode}")
 

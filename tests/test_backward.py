@@ -75,6 +75,9 @@ MANY_BLOCKS = {  # more blocks than a GPU has multiprocessors, whose turns to ad
     "short-queries": {"d": 128, "s": 130, "causal": True, "window": (700, None)},
     "left-window": {"d": 64, "window": (300, -1)},
     "window": {"d": 256, "window": (500, 100)},
+    "bias": {"d": 128, "s": 700, "bias": "b h s t"},
+    "bias-of-keys": {"d": 64, "bias": "b h 1 t"},
+    "bias-of-keys-256": {"d": 256, "bias": "b h 1 t"},
 }
 
 
@@ -114,6 +117,48 @@ def test_key_tiles_in_pieces(options):
         again = call(arrays, dout_dlse)[1]
         for name in "kv":
             oracle.same_bits(again[name], grads[name], f"gradient of {name}, run {run}")
+
+
+BIASES = ("b h s t", "1 h s t", "1 1 s t", "b h 1 t", "b 1 1 t")
+BESIDE = {  # several tiles both ways, ragged; what a bias meets
+    "alone": {},
+    "odd": {"t": 333, "bias_dtype": "float32"},
+    "causal": {"causal": True, "dtype": "float16"},
+    "window": {"window": (70, 40), "bias_dtype": "float32", "t": 334},
+    "segments": {"segments": "same", "causal": True, "t": 300, "bias_dtype": "float32"},
+    "documents": {"segments": "pair", "t": 360},
+    "softcap": {"softcap": 2.0, "q_gain": 4.0, "t": 137},
+    "alibi-sinks": {"alibi": "h", "sinks": "low", "s": 517, "g": 4},
+    "packed": {"layout": "packed", "s": 420, "t": 500, "cu_q": (3, 140, 141, 420), "cu_k": (0, 304, 350, 500)},
+    "used": {"layout": "packed", "s": 420, "t": 420, "cu_q": (0, 140, 420), "used_q": (100, 280), "used_k": (140, 120)},
+}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="elsewhere the cases of one block have all that there is")
+@pytest.mark.parametrize(
+    ("bias", "beside", "d"),
+    [
+        pytest.param(bias, beside, d, id=f"{bias.replace(' ', '')}-{beside}-{d}")
+        for i, bias in enumerate(BIASES)
+        for j, beside in enumerate(BESIDE)
+        for d in [(64, 128, 256)[(i + j) % 3]]
+    ],
+)
+def test_bias(bias, beside, d):
+    """The gradient of a bias of many blocks: of those that masks skip it is 0, whatever the memory held."""
+    options = {"s": 300, "t": 336, "dtype": "bfloat16"} | BESIDE[beside]
+    case = Case(f"bias-{bias}-{d}-{beside}", "the gradient of a bias", d=d, bias=bias, **options)
+    inputs = case.build()
+    arrays = to_device(inputs.arrays)
+    dout_dlse = cotangents(case, inputs, oracle.run(case, inputs).lse)
+    call = differentiated(case, inputs, "cuda")
+    call(arrays, dout_dlse)
+    for size in (1 << 14, 1 << 18, inputs.arrays["bias"].size, 1 << 22, 1 << 24):  # free memory becomes NaN
+        jnp.full((size,), jnp.nan).block_until_ready()
+    _, grads = call(arrays, dout_dlse)
+    expected, naive = (oracle.run(case, inputs, dout_dlse, naive=x) for x in (False, True))
+    for name, grad in grads.items():
+        oracle.compare(f"gradient of {name}", grad, expected.grads[name], naive.grads[name], expected.logit)
 
 
 def test_lse_alone(implementation):

@@ -72,6 +72,7 @@ struct BwdParams : Problem {
   void* dk = nullptr;           // [c, t, g, d]
   void* dv = nullptr;           // [c, t, g, e]
   float* dbias = nullptr;       // shaped like bias, or not asked for
+  void* dbias16 = nullptr;      // instead of it, in the bias's dtype of 16 bits; on CUDA only
   float* dsinks = nullptr;      // shaped like sinks, or not asked for
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;

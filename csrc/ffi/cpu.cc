@@ -72,7 +72,13 @@ ffi::Error fwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
 
 ffi::Error bwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                ffi::Dictionary attrs) {
-  return run<BwdParams>(decode_bwd, cpu::Backward, pool, args, rets, attrs);
+  auto decode = [](const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
+                   const ffi::Dictionary& attrs, BwdParams& p) {
+    FLASHJAX_RETURN_IF_ERROR(decode_bwd(args, rets, attrs, p));
+    if (p.dbias16) return InvalidArgument("the CPU kernels write dbias in float32");
+    return ffi::Error::Success();
+  };
+  return run<BwdParams>(decode, cpu::Backward, pool, args, rets, attrs);
 }
 
 }  // namespace

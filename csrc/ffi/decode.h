@@ -156,9 +156,11 @@ inline ffi::Error decode_problem(const Call& call, const ffi::Dictionary& attrs,
                                            : type == p.dtype || type == DType::kF32;
     if (!ok) return InvalidArgument(std::string("`") + slot.name + "` has the wrong dtype");
     if (paged && i == k_segment_ids_k) return InvalidArgument("segment ids do not go with pages");
-    // A bias goes by positions within a sequence, and a packed sequence is shorter than its row.
-    bool positions = i == k_bias && (call.slot[k_cu_seqlens_q] || call.slot[k_cu_seqlens_k]);
-    FLASHJAX_RETURN_IF_ERROR(extents.bind(slot, x.dimensions(), positions ? "st" : ""));
+    // A bias goes by positions within a sequence, and a packed sequence is shorter than its row. Of
+    // other rows it may have more keys than there are, which are never read.
+    bool positions = call.slot[k_cu_seqlens_q] || call.slot[k_cu_seqlens_k];
+    const char* free = i != k_bias ? "" : positions ? "st" : "t";
+    FLASHJAX_RETURN_IF_ERROR(extents.bind(slot, x.dimensions(), free));
   }
   if (!call.slot[k_cu_seqlens_q] && !call.slot[k_cu_seqlens_k]) {
     if (extents('n', 1) != 1) return InvalidArgument("n > 1 needs cu_seqlens");
@@ -192,6 +194,10 @@ inline ffi::Error decode_problem(const Call& call, const ffi::Dictionary& attrs,
     return InvalidArgument("`segment_ids_q` and `segment_ids_k` come together");
   if (p.bias) {
     p.bias_shape = broadcast_of<5>(call.slot[k_bias]->dimensions());
+    const int64_t keys = p.bias_shape.dim[4];
+    if (!call.slot[k_cu_seqlens_q] && !call.slot[k_cu_seqlens_k] && keys != 1 && keys < p.t)
+      return InvalidArgument("`bias` has t = " + std::to_string(keys) + ", elsewhere it is " +
+                             std::to_string(p.t));
     p.bias_dtype = *dtype_of(call.slot[k_bias]->element_type());
   }
   if (p.alibi_slopes) p.alibi_shape = broadcast_of<2>(call.slot[k_alibi_slopes]->dimensions());
@@ -224,6 +230,12 @@ class Results {
       return InvalidArgument(std::string("result `") + name + "` has the wrong dtype or size");
     data = (*buffer)->untyped_data();
     return ffi::Error::Success();
+  }
+  // Whether the next one has this dtype.
+  bool is_next(ffi::DataType type) const {
+    if (next_ >= rets_.size()) return false;
+    auto buffer = rets_.get<ffi::AnyBuffer>(next_);
+    return buffer.has_value() && (*buffer)->element_type() == type;
   }
   // The workspace: whatever is left.
   ffi::Error workspace(void*& data, int64_t& bytes) {
@@ -276,10 +288,15 @@ inline ffi::Error decode_bwd(const ffi::RemainingArgs& args, const ffi::Remainin
     if (!call.wants(slot)) continue;
     if (!call.slot[slot])
       return InvalidArgument(std::string("gradient of an absent `") + kSlots[slot].name + "`");
+    const bool half = slot == k_bias && p.dtype != DType::kF32 && p.bias_dtype == p.dtype &&
+                      results.is_next(type);
     void* grad = nullptr;
-    FLASHJAX_RETURN_IF_ERROR(
-        results.next("gradient", ffi::DataType::F32, elements(*call.slot[slot]), grad));
-    *data = static_cast<float*>(grad);
+    FLASHJAX_RETURN_IF_ERROR(results.next("gradient", half ? type : ffi::DataType::F32,
+                                          elements(*call.slot[slot]), grad));
+    if (half)
+      p.dbias16 = grad;
+    else
+      *data = static_cast<float*>(grad);
   }
   return results.workspace(p.workspace, p.workspace_bytes);
 }

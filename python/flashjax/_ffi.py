@@ -33,11 +33,39 @@ def forward(arrays: Arrays, attrs: Attrs, implementation: str) -> list[jax.Array
     return _call("flashjax_fwd", results, arrays, attrs, (), implementation)
 
 
-def backward(arrays: Arrays, attrs: Attrs, wanted: tuple[str, ...], implementation: str) -> list[jax.Array]:
-    """dq, dk, dv, and the float32 gradients of the slots `wanted`. `arrays` also has out, lse, dout and dlse."""
+def backward(
+    arrays: Arrays, attrs: Attrs, wanted: tuple[str, ...], implementation: str, in_parts: bool
+) -> list[jax.Array]:
+    """dq, dk, dv, and the float32 gradients of the slots `wanted`. `arrays` also has out, lse, dout and dlse.
+
+    in_parts: those gradients are added to others.
+    """
     results = [jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in ("q", "k", "v")]
-    results += [jax.ShapeDtypeStruct(arrays[name].shape, jnp.float32) for name in wanted]
-    return _call("flashjax_bwd", results, arrays, attrs, wanted, implementation)
+    on_gpu = _support.PLATFORM[implementation] == "cuda"
+    types, keys = dict.fromkeys(wanted, jnp.dtype(jnp.float32)), None
+    if "bias" in arrays and arrays["q"].dtype != jnp.float32 and 1 not in arrays["bias"].shape[3:] and on_gpu:
+        bias = arrays["bias"]
+        if "bias" in wanted and bias.dtype == arrays["q"].dtype:
+            if in_parts or not _is_by_itself(arrays):
+                bias = bias.astype(jnp.float32)  # as its gradient, which is a sum
+            types["bias"] = bias.dtype
+        if isinstance(bias.shape[4], int):  # kernels that move it by tiles want rows of whole units of 16 bytes
+            keys, unit = bias.shape[4], 16 // bias.dtype.itemsize
+            bias = jnp.pad(bias, [(0, 0)] * 4 + [(0, -keys % unit)])
+        arrays = arrays | {"bias": bias}
+    results += [jax.ShapeDtypeStruct(arrays[name].shape, types[name]) for name in wanted]
+    values = _call("flashjax_bwd", results, arrays, attrs, wanted, implementation)
+    gradients = dict(zip(wanted, values[3:], strict=True))
+    if keys is not None and "bias" in wanted:
+        gradients["bias"] = gradients["bias"][..., :keys]
+    return [*values[:3], *(x.astype(jnp.float32) for x in gradients.values())]
+
+
+def _is_by_itself(arrays):
+    """No two scores share an element of the bias."""
+    (b, _, h, _), bias = arrays["q"].shape, arrays["bias"]
+    n = next((arrays[name].shape[-1] - 1 for name in ("cu_seqlens_q", "cu_seqlens_k") if name in arrays), 1)
+    return bias.shape[:3] == (b, n, h)
 
 
 def _call(target, results, arrays, attrs, wanted, implementation):

@@ -27,6 +27,7 @@ class Call:
     names: tuple[str, ...]
     attrs: Attrs
     wanted: tuple[str, ...] = ()
+    in_parts: bool = False  # gradients of the slots `wanted` are added to others after, so none is rounded before
 
     @property
     def operands(self) -> tuple[Slot, ...]:
@@ -78,7 +79,7 @@ class Call:
             out, lse, dout, dlse = operands[n:]
             if implementation != "reference":
                 arrays |= {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
-                return _ffi.backward(arrays, self.attrs, self.wanted, implementation)
+                return _ffi.backward(arrays, self.attrs, self.wanted, implementation, self.in_parts)
             names = [slot.name for slot in self.results]
             _, vjp = jax.vjp(self._reference_in(names, arrays), *(arrays[name] for name in names))
             types = self.result_types(operands)

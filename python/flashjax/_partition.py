@@ -136,6 +136,13 @@ def part(call: Call, how: Plan, implementation: str, mesh_shape, operands):
     heads_axis = len(lead_sizes) + 2
     group = operands[0].shape[-2] // max(1, operands[1].shape[-2])
 
+    def missing(spec):  # from a gradient: the axes over which the parts of it lie
+        present = {axis for entry in spec for axis in _axes(entry)}
+        return tuple(axis for axis in mesh_shape if axis in how.computing - present)
+
+    in_parts = lead_sizes or how.ring or (call.direction == BACKWARD and any(missing(spec) for spec in out_specs[3:]))
+    call = dataclasses.replace(call, in_parts=bool(in_parts))
+
     def compute(*xs):
         if how.ring:
             return _ring.compute(call, implementation, Line.of(how.ring, mesh_shape), xs)
@@ -171,9 +178,8 @@ def part(call: Call, how: Plan, implementation: str, mesh_shape, operands):
         """A gradient, with the parts of it that other devices computed."""
         if slot.name in kept:
             x = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(kept[slot.name]), x, first_head(own), heads_axis)
-        present = {axis for entry in spec for axis in _axes(entry)}
-        missing = tuple(axis for axis in mesh_shape if axis in how.computing - present)
-        return jax.lax.psum(x, missing) if missing else x
+        axes = missing(spec)
+        return jax.lax.psum(x, axes) if axes else x
 
     return run, tuple(in_specs), tuple(out_specs)
 
@@ -200,6 +206,8 @@ def lower(ctx, call: Call, platform: str, *values):
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     explicit = {axis for axis, kind in kinds.items() if kind == AxisType.Explicit}
     is_empty = any(0 in shape for shape in [x.shape for x in operands])
+    if call.leading_sizes(operands) or call.attrs.sequence.line is not None:
+        call = dataclasses.replace(call, in_parts=True)
     context = _NO_MESH
 
     if explicit and AxisType.Auto not in kinds.values():

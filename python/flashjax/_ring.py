@@ -513,7 +513,7 @@ class _Parts:
         )
         names = tuple(name for name in in_order(arrays) if name not in ("out", "lse", "dout", "dlse"))
         wanted = tuple(name for name in self.call.wanted if name == "bias")
-        call = Call(self.call.direction, names, attrs, wanted)
+        call = Call(self.call.direction, names, attrs, wanted, in_parts=True)
         return call, [arrays[slot.name] for slot in call.operands]
 
     def _implementation(self, call: Call, operands) -> str:

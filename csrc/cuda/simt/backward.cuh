@@ -151,7 +151,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device&, cudaStream_
   cudaError_t error = launch(q.tiles * q.chunks * p.h * p.b, stream, backward_q<T>, p, q);
   error = cuda::first_error(
       error, launch(kv.tiles * kv.chunks * p.g * p.b, stream, backward_kv<T>, p, kv));
-  if (p.dbias) error = cuda::first_error(error, launch_backward_bias(p, stream));
+  if (p.dbias || p.dbias16) error = cuda::first_error(error, launch_backward_bias(p, stream));
   if (p.dsinks)
     error = cuda::first_error(
         error, launch(p.sinks_shape.dim[0] * p.sinks_shape.dim[1], stream, backward_sinks<T>, p));

@@ -1,5 +1,4 @@
-// The gradient of the bias, by itself: it is the one thing that the faster families leave to this
-// one.
+// The gradient of the bias, by itself: where a faster family does not write it.
 #include "gradient.cuh"
 
 namespace flashjax::simt {
@@ -64,15 +63,18 @@ static __global__ void __launch_bounds__(kThreads)
 
   put(tile, sum);
   __syncthreads();
-  float* dbias =
-      p.dbias + at[0] * shape.stride[0] + at[1] * shape.stride[1] + at[2] * shape.stride[2];
+  const int64_t plane = at[0] * shape.stride[0] + at[1] * shape.stride[1] + at[2] * shape.stride[2];
   for (int y = threadIdx.x; y < kTile * kTile; y += kThreads) {
     const int r = y / kTile, c = y % kTile;
     if (own_i + r >= shape.dim[3] || own_j + c >= shape.dim[4]) continue;
     float total = 0.f;  // rows and columns that were broadcast add up here
     for (int i = r; i < (all_i ? kTile : r + 1); ++i)
       for (int j = c; j < (all_j ? kTile : c + 1); ++j) total += tile[i * kPitch + j];
-    dbias[(own_i + r) * shape.stride[3] + (own_j + c) * shape.stride[4]] = total;
+    const int64_t to = plane + (own_i + r) * shape.stride[3] + (own_j + c) * shape.stride[4];
+    if (p.dbias16)
+      store(static_cast<T*>(p.dbias16) + to, total);
+    else
+      p.dbias[to] = total;
   }
 }
 

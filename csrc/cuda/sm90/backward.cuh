@@ -36,6 +36,14 @@ inline Cut cut_last_wave(int64_t tiles, int64_t steps, int64_t sms, int64_t room
   return cut;
 }
 
+// Whether the main kernel writes dbias: of planes of queries and keys, or of keys alone. Not under
+// softcap, whose derivative it has in dS, nor where the order of additions matters, if threads
+// share an element.
+inline bool writes_dbias(const BwdParams& p, bool shared) {
+  return (p.dbias || p.dbias16) && p.softcap == 0 && p.bias_shape.dim[4] > 1 &&
+         !(shared && p.deterministic);
+}
+
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   static_assert(D == E);
@@ -45,15 +53,17 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   constexpr int kOptions = (kVariant != cuda::Variant::kFull ? kBackwardMasks : 0) |
                            (kSpan ? kBackwardSpans : 0) | (kScore ? kBackwardScores : 0);
   // Over 128 columns need another division of labour.
-  constexpr auto choose = [] {
+  constexpr auto choose = [](auto options) {
+    constexpr int kOptions = decltype(options)::value;
     if constexpr (D > 128)
       return Made<WideBackward<kF16, D, M, N, kOptions>,
                   wide_backward_kernel<kF16, D, M, N, kOptions>>{};
     else
       return Made<Backward<kF16, D, M, N, kOptions>, backward_kernel<kF16, D, M, N, kOptions>>{};
   };
-  using K = typename decltype(choose())::Type;
-  constexpr auto kernel = decltype(choose())::kKernel;
+  using K = typename decltype(choose(std::integral_constant<int, kOptions>{}))::Type;
+  auto kernel = decltype(choose(std::integral_constant<int, kOptions>{}))::kKernel;
+  int smem = K::kSmem;
   // Sequences begin at multiples of M where queries are padded.
   const int64_t rows = (p.s + 127) / 128 * 128 + (p.cu_seqlens_q || p.cu_seqlens_k ? 128 * p.n : 0);
   const int64_t heads = p.b * p.h, nblocks = (p.t + N - 1) / N;
@@ -113,13 +123,51 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   a.clean = kScore || (!kSpan && ((a.p.right >= 0 && a.p.diagonal + a.p.right < 0) ||
                                   (a.p.left >= 0 && a.p.s - 1 + a.p.diagonal - a.p.left >= a.p.t)));
 
+  cudaError_t error = cudaSuccess;
+  auto check = [&](cudaError_t x) { error = cuda::first_error(error, x); };
+  // Whether the main kernel writes dbias, and which: one that a bias reaches by tiles, where it has
+  // whole planes and its rows are aligned.
+  const int64_t* dim = p.bias_shape.dim;
+  bool dbias = false;
+  if constexpr (kScore) {
+    auto use = [&](auto options) {
+      using Chosen = decltype(choose(options));
+      kernel = Chosen::kKernel, smem = Chosen::Type::kSmem;
+    };
+    const bool shared = dim[0] < p.b || dim[1] < p.n || dim[2] < p.h;
+    const int64_t size = p.bias_dtype == DType::kF32 ? 4 : 2;
+    dbias = writes_dbias(p, shared || (D > 128 && dim[3] == 1));
+    a.bias.sums = p.dbias, a.bias.whole = static_cast<unsigned short*>(p.dbias16);
+    if (dbias)
+      a.bias.by = dim[3] == 1 ? BiasArgs::kColumns : shared ? BiasArgs::kAdd : BiasArgs::kStore;
+    const bool tiles = D <= 128 && p.bias && dim[3] > 1 && dim[4] > 1 && dim[4] * size % 16 == 0 &&
+                       (!dbias || (size == 2) == (p.dbias16 != nullptr));
+    if (tiles) {
+      if constexpr (D <= 128) {
+        if (size == 2)
+          use(std::integral_constant<int, kOptions | kBackwardTiles16>{});
+        else
+          use(std::integral_constant<int, kOptions | kBackwardTiles32>{});
+      }
+      const Map map{{dim[4], dim[3], dim[0] * dim[1] * dim[2], 1},
+                    {dim[4], dim[3] * dim[4], dim[0] * dim[1] * dim[2] * dim[3] * dim[4]},
+                    {static_cast<int>(128 / size), M, 1, 1}};
+      check(tensor_map(a.bias.from, p.bias, p.bias_dtype, map));
+      if (dbias) check(tensor_map(a.bias.to, p.dbias16 ? p.dbias16 : p.dbias, p.bias_dtype, map));
+      a.bias.of_b = dim[0] > 1 ? dim[1] * dim[2] : 0, a.bias.of_n = dim[1] > 1 ? dim[2] : 0;
+      a.bias.of_h = dim[2] > 1;
+    } else if (D <= 128 && a.bias.by != BiasArgs::kColumns) {
+      dbias = false;
+    } else if (dbias) {
+      use(std::integral_constant<int, kOptions | kBackwardBias>{});
+    }
+  }
+
   PassArgs pass{};
   pass.out = static_cast<const unsigned short*>(p.out);
   pass.dout = static_cast<const unsigned short*>(p.dout);
   pass.lse = p.lse, pass.dlse = p.dlse, pass.lse2 = lse2, pass.delta = delta;
 
-  cudaError_t error = cudaSuccess;
-  auto check = [&](cudaError_t x) { error = cuda::first_error(error, x); };
   const unsigned h = static_cast<unsigned>(p.h), b = static_cast<unsigned>(p.b);
   if constexpr (kSpan) {
     Plan plan[2];
@@ -140,6 +188,13 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     backward_statistics<K, kF16, D><<<statistics, 256, 0, stream>>>(pass, a);
     check(cudaGetLastError());
   }
+  // What the kernel adds to, and what it may skip, is 0.
+  if (dbias &&
+      (a.bias.by != BiasArgs::kStore || a.p.left >= 0 || a.p.right >= 0 || p.cu_seqlens_q ||
+       p.cu_seqlens_k || p.seqused_q || p.seqused_k || p.leftpad || p.segment_ids_q))
+    check(cudaMemsetAsync(p.dbias16 ? p.dbias16 : p.dbias, 0,
+                          (p.dbias16 ? 2 : 4) * dim[0] * dim[1] * dim[2] * dim[3] * dim[4],
+                          stream));
   if (blocks > 0 && p.t > 0) {
     TMap q, k, v, dout, dk, dv;
     const void* any = p.s ? p.q : p.k;  // a map needs an address, even of an array without rows
@@ -150,12 +205,11 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     map(q, any, p.s, p.h, p.d, M), map(dout, p.s ? p.dout : any, p.s, p.h, p.e, M);
     map(k, p.k, p.t, p.g, p.d, N), map(v, p.v, p.t, p.g, p.e, N);
     map(dk, p.dk, p.t, p.g, p.d, K::kStoreRows), map(dv, p.dv, p.t, p.g, p.e, K::kStoreRows);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::kSmem));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
     if (error != cudaSuccess) return error;
     const int64_t items = a.cut.whole + a.cut.ranges;
     const int64_t grid = K::kStays && !p.yields ? std::min<int64_t>(items, device.sms) : items;
-    kernel<<<static_cast<unsigned>(grid), K::kThreads, K::kSmem, stream>>>(q, k, v, dout, dk, dv,
-                                                                           a);
+    kernel<<<static_cast<unsigned>(grid), K::kThreads, smem, stream>>>(q, k, v, dout, dk, dv, a);
     check(cudaGetLastError());
   }
   if ((!K::kStays || p.yields) && p.s > 0) {
@@ -168,7 +222,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
         <<<dim3(h, own), 256, 0, stream>>>(pass, a, p.sinks, p.dsinks, static_cast<int>(p.b / own));
     check(cudaGetLastError());
   }
-  if (p.dbias) check(simt::launch_backward_bias(p, stream));
+  if ((p.dbias || p.dbias16) && !dbias) check(simt::launch_backward_bias(p, stream));
   return error;
 }
 

@@ -2,7 +2,7 @@
 // what the producing warpgroup does. `K` is the kernel: its constants, and a Layout of shared
 // memory with the addresses of its tiles (stage i of kStages follows the first) and barriers.
 #pragma once
-#include "problem.cuh"
+#include "backward_bias.cuh"
 #include "wgmma.cuh"
 
 namespace flashjax::sm90 {
@@ -40,6 +40,7 @@ struct BackwardArgs {
   const int *key_tiles, *query_tiles;  // how many
   const int* changes;  // likewise, [b, rows / 64]: by how much visits of a tile of queries differ
                        // from those of the tile before it in its sequence
+  BiasArgs bias;
 };
 
 // The key blocks that add to a tile of dQ: how many there are, have begun, and are done. Whoever
@@ -57,9 +58,12 @@ struct Visits {
 };
 
 enum : int {
-  kBackwardMasks = 1,   // windows
-  kBackwardSpans = 2,   // sequences in the rows, and segment ids
-  kBackwardScores = 4,  // softcap, bias, alibi
+  kBackwardMasks = 1,     // windows
+  kBackwardSpans = 2,     // sequences in the rows, and segment ids
+  kBackwardScores = 4,    // softcap, bias, alibi
+  kBackwardBias = 8,      // and dbias, element by element; without softcap, as below
+  kBackwardTiles16 = 16,  // a bias by tiles, of 16-bit elements, and dbias if asked for
+  kBackwardTiles32 = 32,  // and of float32
 };
 
 // N keys of one key head, the queries that see some of them, and the group's query heads.

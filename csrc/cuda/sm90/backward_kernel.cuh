@@ -15,20 +15,30 @@ struct Backward {
   using Producer = BackwardProducer<Backward>;
   static constexpr int kM = M, kN = N, kStages = 2, kChunks = D / 64, kThreads = 384,
                        kStoreRows = 64;
-  static constexpr int kConsumerRegs = D == 128 && (kOptions & kBackwardScores) ? 240 : 232,
-                       kProducerRegs = kConsumerRegs == 240 ? 24 : 40;
+  static constexpr int kConsumerRegs = !(kOptions & kBackwardScores) ? 232
+                                       : D == 128                    ? 240
+                                                                     : 224,
+                       kProducerRegs = 504 - 2 * kConsumerRegs;
   static constexpr bool kMask = kOptions & kBackwardMasks, kSpan = kOptions & kBackwardSpans,
-                        kScore = kOptions & kBackwardScores;
+                        kScore = kOptions & kBackwardScores, kBias = kOptions & kBackwardBias;
   using Tile = KeyTile<kSpan>;
   // One CTA a multiprocessor, which takes key tiles until there are none, counts the visits of each
   // tile of dQ, and converts tiles that are complete. In a call that yields, or where registers are
   // short, a CTA leaves after one key tile, and dQ is converted after.
   static constexpr bool kCounts = true, kStays = kProducerRegs > 24;
+  // Bytes of a bias that comes by tiles, to where float32 ones of dS leave from.
+  static constexpr int kTile = kOptions & kBackwardTiles16   ? 2
+                               : kOptions & kBackwardTiles32 ? 4
+                                                             : 0,
+                       kTileBytes = M * N * kTile, kTileStages = kTile == 4 && D == 128 ? 1 : 2;
+  static constexpr int kDsReaders = kTile ? 288 : 256;  // threads that read dS
+  static constexpr int kKStages = kStays ? 2 : 1;
   // How dQ (M x D) is split over the two warpgroups: by rows, or by columns.
   static constexpr bool kByRows = M == 128;
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kDsBytes = M * N * 2,
                        kDqBytes = M * D * 4;
-  static constexpr int kSmem = 3 * kKBytes + 2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
+  static constexpr int kSmem = (kKStages + 1) * kKBytes + kTileStages * kTileBytes +
+                               2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
                                2 * kStages * M * 4 + 384 + 1024;
   static constexpr bool kCuts = kStays && !kSpan;  // see Cut
   static constexpr int kSaidTogether = 4;          // visits, see add_tile
@@ -42,15 +52,17 @@ struct Backward {
   struct Layout {
     u32 k, v, q, o, ds, dq, lse, delta;  // two stages, one of V and dQ
     u32 k_full, k_empty, v_full, v_empty, q_full, q_empty, o_raw, o_full, o_empty;
-    u32 item, unit, span;
+    u32 item, unit, span, bias, bias_full;
     DI explicit Layout(u32 base) {
-      k = base, v = k + 2 * kKBytes, q = v + kKBytes, o = q + kStages * kQBytes;
-      ds = o + kStages * kQBytes, dq = ds + 2 * kDsBytes, lse = dq + kDqBytes;
+      k = base, v = k + kKStages * kKBytes, q = v + kKBytes, o = q + kStages * kQBytes;
+      ds = o + kStages * kQBytes, dq = ds + 2 * kDsBytes, bias = dq + kDqBytes;
+      lse = bias + kTileStages * kTileBytes;
       delta = lse + kStages * M * 4, k_full = delta + kStages * M * 4, k_empty = k_full + 16;
       v_full = k_empty + 16, v_empty = v_full + 8;
       q_full = v_empty + 8, q_empty = q_full + 16;
       o_raw = q_empty + 16, o_full = o_raw + 16, o_empty = o_full + 16;
-      item = o_empty + 16, unit = item + 8, span = k_full + 160;  // spans of two key tiles
+      item = o_empty + 16, unit = item + 8, bias_full = unit + 8;
+      span = k_full + 192;  // spans of two key tiles
     }
   };
 
@@ -65,6 +77,8 @@ struct Backward {
         mb_init(x.k_full + 8 * i, 1), mb_init(x.k_empty + 8 * i, 3 + clears);
       mb_init(x.v_full, 1), mb_init(x.v_empty, 2);
       store_int(x.unit, 0);
+      if (kTile)
+        for (int i = 0; i < kTileStages; i++) mb_init(x.bias_full + 8 * i, 1);
       Producer::init(x, clears);
     }
     __syncthreads();
@@ -77,6 +91,8 @@ struct Backward {
         add(a, x);
       else if (warp == 2 && clears)
         clean(a, x);
+      else if (warp == 3)
+        move_bias(a, x);
       if (kStays && warp >= 2 && !a.yields) finish(a, x);
     } else {
       reg_inc<kConsumerRegs>();
@@ -178,6 +194,67 @@ struct Backward {
       if ((threadIdx.x & 31) == 0) mb_arrive(x.k_empty + 8 * (k & 1));
       Producer::clean_queries(x, tile, it, raw);
     }
+  }
+
+  // The boxes of a tile of the bias: 128 bytes of each query.
+  template <class F>
+  static DI void boxes(const BackwardArgs& a, const Tile& tile, const Walk& at, F f) {
+    constexpr int kWide = 128 / (kTile ? kTile : 2);
+    const auto rows = tile.rows();
+    const int plane = a.bias.plane(rows.b(a.p), rows.n(a.p), at.h), first = rows.first(a.p);
+#pragma unroll 1
+    for (int i = 0; i < N / kWide; i++) f(i * M * 128, first + i * kWide, at.m * M, plane);
+  }
+  // Brings tiles of the bias, and takes dbias to memory: tiles of dS where 16 bits are wanted, else
+  // what the warpgroups put over the bias. By a warp.
+  static DI void move_bias(const BackwardArgs& a, const Layout& x) {
+    if constexpr (kTile == 0) return;
+    const bool elect = (threadIdx.x & 31) == 0;
+    u32 it = 0;
+#pragma unroll 1
+    for (u32 k = 0; k == 0 || kStays; k++) {
+      const int i = item(x, k);
+      if (i < 0) break;
+      const Tile tile = tile_of(a, x, i, k);
+      Walk at(tile), ahead(tile);
+      u32 left = tile.steps(), missing = left;
+      auto load = [&](u32 it) {
+        const u32 s = it % kTileStages;
+        if (elect) {
+          mb_expect(x.bias_full + 8 * s, kTileBytes);
+          boxes(a, tile, ahead, [&](int to, int key, int query, int plane) {
+            tma_load(x.bias + s * kTileBytes + to, &a.bias.from, x.bias_full + 8 * s, key, query,
+                     plane, 0, kEvictNormal);
+          });
+        }
+        __syncwarp();
+        missing--, ahead.next(now(a, tile));
+      };
+#pragma unroll 1
+      for (u32 s = 0; s < kTileStages && missing; s++) load(it + s);
+#pragma unroll 1
+      for (; left; left--, it++, at.next(now(a, tile))) {
+        bar_sync(kBarDs, kDsReaders);
+        if (elect && a.bias.by != BiasArgs::kNone) {
+          const u32 from =
+              kTile == 2 ? x.ds + it % kStages * kDsBytes : x.bias + it % kTileStages * kTileBytes;
+          boxes(a, tile, at, [&](int offset, int key, int query, int plane) {
+            if (kTile == 4 && a.bias.by == BiasArgs::kAdd)
+              tma_add(&a.bias.to, from + offset, key, query, plane, 0);
+            else
+              tma_store(&a.bias.to, from + offset, key, query, plane, 0);
+          });
+          bulk_commit();
+          if (kTile == 4) bulk_wait_read<0>();
+        }
+        __syncwarp();
+        if (missing) load(it + kTileStages);
+        if (elect) bulk_wait_read<0>();
+        __syncwarp();
+      }
+      bar_sync(kBarEnd, kDsReaders);
+    }
+    if (elect) bulk_wait<0>();
   }
 
   static DI void add(const BackwardArgs& a, const Layout& x) {
@@ -358,6 +435,10 @@ struct Backward {
     // This lane's address for stmatrix.trans in a dS tile of queries x keys.
     const int rr = (lane & 7) + ((lane >> 4) & 1) * 8, kc = warp * 2 + ((lane >> 3) & 1);
     const u32 to_ds = x.ds + cw * M * 128 + rr * 128 + ((kc ^ (rr & 7)) << 4);
+    // And in one of float32, of which a box has 32 keys: queries 2 (lane % 4), key `key`.
+    const u32 to_bias32 = x.bias + (cw * 2 + warp / 2) * M * 128 + (lane & 3) * 256 +
+                          (((warp & 1) * 4 + (lane >> 4)) ^ (2 * (lane & 3))) * 16 +
+                          (lane >> 2 & 3) * 4;
     const int key =
         tile.first(p) + cw * 64 + warp * 16 + (lane >> 2);  // this thread's keys: key and key + 8
     const bool tail = tile.first(p) + N > tile.k_len(p);
@@ -377,6 +458,14 @@ struct Backward {
       const u32 s = it % kStages, ph = it / kStages & 1;
       float st[M / 2], dp[M / 2];
       u32 pp[M / 4], ds[M / 4];
+      float of_key[2] = {0.f, 0.f};  // a bias of keys alone
+      if constexpr (kScore && kTile == 0) {
+        if (p.bias && p.bias_s == 0) {
+          const Scores<F16> score(p, tile.b(p), tile.n(p), h, 0);
+          of_key[0] = score.bias_at(score.bias, key),
+          of_key[1] = score.bias_at(score.bias, key + 8);
+        }
+      }
       mb_wait(x.q_full + 8 * s, ph);
       pin(st);
       wg_fence();
@@ -427,19 +516,37 @@ struct Backward {
       if constexpr (kScore) {  // P = exp(score - lse); what goes on to dS also has the derivative
                                // of the cap
         const Scores<F16> score(p, tile.b(p), tile.n(p), h, tile.diagonal(p));
+        if constexpr (kTile) mb_wait(x.bias_full + 8 * (it % kTileStages), it / kTileStages & 1);
+        [[maybe_unused]] const u32 bias16 = to_ds + (x.bias - x.ds) + it % kTileStages * kTileBytes;
+        [[maybe_unused]] const u32 bias32 = to_bias32 + it % kTileStages * kTileBytes;
+        [[maybe_unused]] u32 pairs[4];
 #pragma unroll
         for (int j = 0; j < M / 8; j++) {
           float l[2];
           load_shared2(l[0], l[1], lse_at + 32 * j);
           const int query = m * M + 8 * j + 2 * (lane & 3);
-          const char* rows[2] = {score.row(query), score.row(query + 1)};
+          const char* rows[2] = {};
+          if constexpr (kTile == 0) rows[0] = score.row(query), rows[1] = score.row(query + 1);
+          if constexpr (kTile == 2) {
+            if (j % 2 == 0)
+              ldmatrix4_trans(bias16 + j * 1024, pairs[0], pairs[1], pairs[2], pairs[3]);
+          }
 #pragma unroll
           for (int hh = 0; hh < 2; hh++) {
             const int i = 4 * j + 2 * hh;
             float w[2], bend[2] = {1.f, 1.f};
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-              float y = score(st[i + e], rows[e], query + e, key + 8 * hh, &bend[e]);
+              float b = of_key[hh];
+              if constexpr (kTile == 0) {
+                if (p.bias_s) b = score.bias_at(rows[e], key + 8 * hh);
+              } else if constexpr (kTile == 2) {
+                const u32 both = pairs[j % 2 * 2 + hh];
+                b = e ? high<F16>(both) : low<F16>(both);
+              } else {
+                b = load_shared((bias32 ^ (32 * hh + 16 * e)) + j * 1024 + e * 128);
+              }
+              float y = score.with(b, st[i + e], query + e, key + 8 * hh, &bend[e]);
               w[e] = st[i + e] == -infinity() ? 0.f : ex2(y * kLog2E - l[e]);
               st[i + e] = w[e] * bend[e];
             }
@@ -474,7 +581,15 @@ struct Backward {
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
           const int i = 4 * j + 2 * hh;
-          ds[i / 2] = pack<F16>(st[i] * (dp[i] - l0), st[i + 1] * (dp[i + 1] - l1));
+          st[i] *= dp[i] - l0, st[i + 1] *= dp[i + 1] - l1;
+          ds[i / 2] = pack<F16>(st[i], st[i + 1]);
+          if constexpr (kTile == 4) {
+            if (a.bias.by != BiasArgs::kNone) {
+              const u32 to = to_bias32 + it % kTileStages * kTileBytes;
+              store_float((to ^ (32 * hh)) + j * 1024, st[i]);
+              store_float((to ^ (32 * hh + 16)) + j * 1024 + 128, st[i + 1]);
+            }
+          }
         }
       }
       // dS to shared memory. Two buffers, so that the one barrier below also protects the reuse.
@@ -482,6 +597,7 @@ struct Backward {
       for (int k = 0; k < M / 16; k++)
         stmatrix4_trans(to_ds + s * kDsBytes + k * 2048, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2],
                         ds[4 * k + 3]);
+      if constexpr (kBias) BiasGradient<F16>(p, a.bias, tile.b(p), tile.n(p), h).add_rows(st, key);
       pin(dv);
       wg_fence();
 #pragma unroll
@@ -490,7 +606,7 @@ struct Backward {
                                       desc(t_o + ((s * kQBytes + k * 2048) >> 4)), 1);
       wg_commit();
       fence_async();
-      bar_sync(kBarDs, 256);
+      bar_sync(kBarDs, kDsReaders);
       float dq[D * M / 256];
       pin(dq);
       wg_fence();
@@ -529,7 +645,7 @@ struct Backward {
     }
     // Once nobody reads them any more, dV goes to the buffers of dS, and dK over K. The store clips
     // ragged rows and columns.
-    bar_sync(kBarEnd, 256);
+    bar_sync(kBarEnd, kDsReaders);
     if (steps == 0 && elect) mb_arrive(x.v_empty);
     const int row = warp * 16 + (lane & 15);
     const u32 to_dv = x.ds + cw * M * 128, to_dk = keys + cw * 8192;

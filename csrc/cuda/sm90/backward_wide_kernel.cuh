@@ -16,7 +16,7 @@ struct WideBackward {
   static constexpr int kM = M, kN = N, kStages = 1, kChunks = D / 64, kThreads = 384,
                        kStoreRows = N;
   static constexpr bool kMask = kOptions & kBackwardMasks, kSpan = kOptions & kBackwardSpans,
-                        kScore = kOptions & kBackwardScores;
+                        kScore = kOptions & kBackwardScores, kBias = kOptions & kBackwardBias;
   using Tile = KeyTile<kSpan>;
   static constexpr bool kByRows = false, kCounts = false, kStays = false, kCuts = false;
   static constexpr int kConsumerRegs = 240, kProducerRegs = 24;
@@ -222,6 +222,11 @@ struct WideBackward {
       do {
         float dp[kOwn / 2];
         u32 pp[kOwn / 4], ds[kOwn / 4];
+        float bias[kScore ? kOwn / 2 : 1];  // asked for early: it comes from memory
+        if constexpr (kScore) {
+          const Scores<F16> score(p, tile.b(p), tile.n(p), h, tile.diagonal(p));
+          score.biases(bias, m * M + local, c0);
+        }
         wg_wait<0>();
         pin(st);
         auto issue_dp = [&]() {
@@ -259,7 +264,6 @@ struct WideBackward {
         if constexpr (kScore) {  // P = exp(score - lse); what goes on to dS also has the derivative
                                  // of the cap
           const Scores<F16> score(p, tile.b(p), tile.n(p), h, tile.diagonal(p));
-          const char* rows[2] = {score.row(row0), score.row(row0 + 8)};
 #pragma unroll
           for (int j = 0; j < kOwn / 8; j++) {
 #pragma unroll
@@ -268,7 +272,8 @@ struct WideBackward {
               float w[2], bend[2] = {1.f, 1.f};
 #pragma unroll
               for (int e = 0; e < 2; e++) {
-                float y = score(st[i + e], rows[hh], row0 + 8 * hh, c0 + 8 * j + e, &bend[e]);
+                float y =
+                    score.with(bias[i + e], st[i + e], row0 + 8 * hh, c0 + 8 * j + e, &bend[e]);
                 w[e] = st[i + e] == -infinity() ? 0.f : ex2(y * kLog2E - lse[hh]);
                 st[i + e] = w[e] * bend[e];
               }
@@ -293,11 +298,14 @@ struct WideBackward {
         const float delta[2] = {load_shared(x.delta + local * 4),
                                 load_shared(x.delta + local * 4 + 32)};
 #pragma unroll
-        for (int i = 0; i < kOwn / 4; i++)  // dS = P * (dP - delta)
-          ds[i] = pack<F16>(st[2 * i] * (dp[2 * i] - delta[i % 2]),
-                            st[2 * i + 1] * (dp[2 * i + 1] - delta[i % 2]));
+        for (int i = 0; i < kOwn / 4; i++) {  // dS = P * (dP - delta)
+          st[2 * i] *= dp[2 * i] - delta[i % 2], st[2 * i + 1] *= dp[2 * i + 1] - delta[i % 2];
+          ds[i] = pack<F16>(st[2 * i], st[2 * i + 1]);
+        }
 #pragma unroll
         for (int k = 0; k < kPuts; k++) put(x.ds + it % 2 * kPBytes, ds, k);
+        if constexpr (kBias)
+          BiasGradient<F16>(p, a.bias, tile.b(p), tile.n(p), h).put_queries(st, row0, c0);
         fence_async();
         bar_sync(kBarDs, 256);
         auto issue_dv = [&] {

@@ -58,12 +58,15 @@ inline cudaError_t tensor_map(TMap& map, const void* data, DType dtype, const Ma
   const cuuint32_t ones[4] = {1, 1, 1, 1};
   for (int i = 0; i < 4; ++i)
     extent[i] = m.extent[i] < 1 ? 1 : m.extent[i], box[i] = static_cast<cuuint32_t>(m.box[i]);
-  for (int i = 0; i < 3; ++i) stride[i] = m.stride[i] < 8 ? 16 : m.stride[i] * 2;
+  const int bytes = dtype == DType::kF32 ? 4 : 2;
+  for (int i = 0; i < 3; ++i) stride[i] = m.stride[i] < 8 ? 16 : m.stride[i] * bytes;
   CUtensorMap encoded;
   CUresult result = driver.encode(
       &encoded,
-      dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-      const_cast<void*>(data), extent, stride, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      dtype == DType::kF32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+      : dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      4, const_cast<void*>(data), extent, stride, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B,
       promotion == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

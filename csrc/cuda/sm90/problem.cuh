@@ -187,18 +187,48 @@ struct Scores {
   DI const char* row(int i) const {
     return bias + min(i, p.bias_queries - 1) * p.bias_s * (p.bias_f32 ? 4 : 2);
   }
-  // `bend`: the derivative by scale * dot, where it is not 1.
+  DI float bias_at(const char* row, int j) const {
+    const int at = min(j, p.bias_keys - 1) * (int)p.bias_t;
+    return p.bias_f32 ? ((const float*)row)[at] : to_float<F16>(((const unsigned short*)row)[at]);
+  }
   DI float operator()(float dot, const char* row, int i, int j, float* bend = nullptr) const {
+    return with(p.bias ? bias_at(row, j) : 0.f, dot, i, j, bend);
+  }
+  // Those of the queries i and i + 8 and of the keys j + 8 k + {0, 1}, as in an accumulator.
+  template <int kCount>
+  DI void biases(float (&x)[kCount], int i, int j) const {
+    const bool pairs = p.bias_t != 0 && p.bias_keys % 2 == 0;
+#pragma unroll
+    for (int k = 0; k < kCount; k++) x[k] = 0.f;
+    if (!p.bias) return;
+#pragma unroll
+    for (int hh = 0; hh < 2; hh++) {
+      const char* at = row(i + 8 * hh);
+#pragma unroll
+      for (int k = 0; k < kCount / 4; k++) {
+        float &a = x[4 * k + 2 * hh], &b = x[4 * k + 2 * hh + 1];
+        const int key = min(j + 8 * k, (p.bias_keys - 1) & ~1);
+        if (!pairs) {
+          a = bias_at(at, j + 8 * k), b = bias_at(at, j + 8 * k + 1);
+        } else if (p.bias_f32) {
+          const float2 y = *(const float2*)(at + 4 * key);
+          a = y.x, b = y.y;
+        } else {
+          const u32 y = *(const u32*)(at + 2 * key);
+          a = low<F16>(y), b = high<F16>(y);
+        }
+      }
+    }
+  }
+  // `bend`: the derivative by scale * dot, where it is not 1.
+  DI float with(float bias, float dot, int i, int j, float* bend) const {
     float x = dot * p.scale;
     if (p.softcap != 0.f) {
       float y = tanh_ex2(x * p.inv_cap);
       x = p.softcap * y;
       if (bend) *bend = 1.f - y * y;
     }
-    if (p.bias) {
-      int at = min(j, p.bias_keys - 1) * (int)p.bias_t;
-      x += p.bias_f32 ? ((const float*)row)[at] : to_float<F16>(((const unsigned short*)row)[at]);
-    }
+    x += bias;
     if (p.alibi) x -= slope * fabsf((float)(j - i - diagonal));
     return x;
   }

@@ -103,6 +103,13 @@ DI void tma_store(const TMap* m, u32 src, int c0, int c1, int c2, int c3) {
       "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+DI void tma_add(const TMap* m, u32 src, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2,%3,%4,%5}], "
+      "[%1];" ::"l"(m),
+      "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
 // To the same place in every CTA of the cluster that `mask` names, each of which counts the bytes.
 DI void tma_load_all(u32 dst, const TMap* m, u32 bar, int c0, int c1, int c2, int c3, u64 hint,
                      unsigned short mask) {
@@ -239,6 +246,12 @@ DI void stmatrix2_trans(u32 a, u32 r0, u32 r1) {
 }
 DI void ldmatrix4(u32 a, u32& r0, u32& r1, u32& r2, u32& r3) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3)
+               : "r"(a)
+               : "memory");
+}
+DI void ldmatrix4_trans(u32 a, u32& r0, u32& r1, u32& r2, u32& r3) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3)
                : "r"(a)
                : "memory");
