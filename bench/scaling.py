@@ -13,6 +13,7 @@ import datetime
 import functools
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 
@@ -173,7 +174,11 @@ def main():
         "csrc_tree": csrc_tree(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join(
-            ["python -m bench.scaling", *(f"out/{pathlib.Path(x).name}" if "/" in x else x for x in sys.argv[1:])]
+            [
+                *(f'{name}="{os.environ[name]}"' for name in ["XLA_FLAGS"] if os.environ.get(name)),
+                "python -m bench.scaling",
+                *(f"out/{pathlib.Path(x).name}" if "/" in x else x for x in sys.argv[1:]),
+            ]
         ),
         "skipped": [],
         "rows": [],
