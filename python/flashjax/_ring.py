@@ -277,36 +277,40 @@ class _Parts:
         so_far = (out, lse) if "sinks" in self.arrays else None
         if route is None:
             keys, plans, _ = self._all_at_once()
-            out, lse = self._attend(plans, keys, so_far, (out, lse)) or (out, lse)
+            out, lse = self._attend(plans, keys, so_far, (out, lse))[0] or (out, lse)
             return [out.astype(q.dtype), lse]
 
         def hop(i, _, plans, keys):
             nonlocal so_far
-            so_far = self._attend(plans, keys, so_far, (out, lse))
-            return so_far if i % _AT_ONCE == _AT_ONCE - 1 else so_far[1:]
+            so_far, ready = self._attend(plans, keys, so_far, (out, lse))
+            return (ready, so_far) if i % _AT_ONCE == _AT_ONCE - 1 else ready
 
         self._go_around(route, hop)
         out, lse = so_far or (out, lse)
         return [out.astype(q.dtype), lse]
 
     def _attend(self, plans, keys, so_far, nothing):
-        """(out, lse) so far, and these keys. None: nothing so far."""
+        """(out, lse) of what was so far and these keys, and what to wait for until they are used.
+
+        None: nothing so far. To wait for the sum would let XLA send the next keys beside the addition.
+        """
 
         def branch(spots, so_far):
+            ready = None
             for spot in spots:
-                so_far = self._attend_block(spot, keys, so_far, nothing)
-            return so_far
+                so_far, ready = self._attend_block(spot, keys, so_far, nothing)
+            return so_far, ready
 
         if self._is_one_program(plans):
             return branch(self._spots(plans), so_far)
-        return self._switch(plans, branch, so_far or nothing)
+        so_far = self._switch(plans, lambda *operands: branch(*operands)[0], so_far or nothing)
+        return so_far, so_far[1]
 
     def _attend_block(self, spot, keys, so_far, nothing):
         call, operands = self._block_call(spot, self.arrays | keys)
         compute = functools.partial(call.compute, self._implementation(call, operands))
 
-        def merge(so_far):
-            out, lse = compute(*operands)
+        def merged(so_far, out, lse):
             out = out.astype(jnp.float32)
             if so_far is None:
                 if out.shape == nothing[0].shape:
@@ -319,9 +323,11 @@ class _Parts:
             return tuple(_put(x, y, z) for x, y, z in zip(so_far, (new_out, new_lse), at, strict=True))
 
         if "segment_ids_q" in call.names:
-            so_far = so_far or nothing
-            return jax.lax.cond(_may_meet(call, operands), merge, lambda so_far: so_far, so_far)
-        return merge(so_far)
+            either = lambda so_far: merged(so_far, *compute(*operands)), lambda so_far: so_far
+            so_far = jax.lax.cond(_may_meet(call, operands), *either, so_far or nothing)
+            return so_far, so_far[1]
+        out, lse = compute(*operands)
+        return merged(so_far, out, lse), lse
 
     # Backward.
 
