@@ -80,14 +80,14 @@ struct Latent {
   static DI void produce(const TMap& mq, const TMap& mk, const DecodeArgs& a, const Layout& x,
                          Piece* shared) {
     const int lane = threadIdx.x & 31, rank = kCluster > 1 ? cluster_rank() : 0;
-    const int boxes = kKeys / a.pages.box;
+    const int boxes = kKeys / a.pages.box, own = kBox / a.pages.box;
     const u64 hint = a.blocks == 1 ? kEvictFirst : kEvictNormal;
     Piece& piece = shared[0];
     int q_phase = 1, phase = 0;
     auto hand = [&]() {  // with its queries
       mb_wait(x.q_empty, q_phase);
       q_phase ^= 1;
-      if (lane) return;
+      if (!elect_one()) return;
       shared[1 + q_phase] = piece;
       const Row row = row_of(a, piece.head, 0, rank);
       mb_expect(x.q_full, a.rows() * D * 2);
@@ -126,13 +126,15 @@ struct Latent {
           __syncwarp();
           if (lane < chunks) mb_expect(x.full(at, chunk(lane)), live * a.pages.box * 128);
 #pragma unroll 1
-          for (int j = 0; j < boxes; j += 32) {
-            const Place from = j ? look(m, j + lane) : here;
-            const int key = (j + lane) * a.pages.box;
-            if (!from.good() || key / kBox != rank) continue;
+          for (int box = rank * own; box < (rank + 1) * own; box++) {
+            // The same in all lanes: else each instruction is a loop over them.
+            Place from = {__shfl_sync(~0u, here.page, box), __shfl_sync(~0u, here.row, box)};
+            if (box >= 32) from = look(m, box);
+            if (!from.good() || !elect_one()) continue;
+            const int key = box * a.pages.box;
 #pragma unroll
             for (int i = 0; i < 5; i++) {
-              if (i == chunks) break;
+              if (i == 4 && !half) break;
               const u32 to = x.tile(at) + chunk(i) * kChunk + key * 128, bar = x.full(at, chunk(i));
               if constexpr (kCluster > 1)
                 tma_load_all(to, &mk, bar, chunk(i) * 64, from.row, hk, from.page, hint, 3);
@@ -184,6 +186,7 @@ struct Latent {
       const int whole0 = (k.begin + kKeys - 1) / kKeys, whole1 = k.end / kKeys;
       float o[E / 4], s[kKeys / 2], mx[2] = {-infinity(), -infinity()}, sum[2] = {0.f, 0.f};
       u32 pb[kKeys / 4];
+      int odd[2];  // a key of the place that is not there
 #pragma unroll
       for (int i = 0; i < E / 4; i++) o[i] = 0.f;
 #pragma unroll
@@ -226,9 +229,9 @@ struct Latent {
         wg_commit();
         wg_wait<0>();
         pin(s);
-        const int odd = load_int(x.odd + 4 * W);
-        if (active && (bent || odd || n < clear0 || n >= clear1))
-          Work::template finish<kKeys>(s, a, piece, bent, n < clear0 || n >= clear1, odd,
+        odd[W] = load_int(x.odd + 4 * W);
+        if (active && (bent || odd[W] || n < clear0 || n >= clear1))
+          Work::template finish<kKeys>(s, a, piece, bent, n < clear0 || n >= clear1, odd[W],
                                        n * N + W * kKeys, r0, rank);
       };
       // S becomes P, which refers to `to`: as before, as long as no score is far above that.
@@ -277,16 +280,17 @@ struct Latent {
         bar_sync(2 - W, 256);
         const float to[2] = {load_shared(x.ref + 4 * ((1 - W) * kRows + r0)),
                              load_shared(x.ref + 4 * ((1 - W) * kRows + r0 + 8))};
+        odd[1 - W] = load_int(x.odd + 4 * (1 - W));
         refer(to);
       };
       // O += P V of place `at`, by P of this warpgroup from registers, of the other one's not.
       auto multiply = [&](int at, int n) {
         // Rows of V that P is 0 for may be NaN, and 0 * NaN is NaN.
-        const int m = 2 * n + at, odd = load_int(x.odd + 4 * at);
-        if (odd || m < whole0 || m >= whole1) {
+        const int m = 2 * n + at;
+        if (odd[at] || m < whole0 || m >= whole1) {
           if (warp < kKeys / 32)
             clear_rows<4>(x.tile(at) + 4 * W * kChunk, kKeys, 32 * warp,
-                          Work::dead_keys(a, piece.b, k, m * kKeys + 32 * warp, odd));
+                          Work::dead_keys(a, piece.b, k, m * kKeys + 32 * warp, odd[at]));
           fence_async();
           bar_sync(4 + W, 128);
         }

@@ -177,6 +177,12 @@ DI u64 desc(u32 lo) {
   return d;
 }
 
+// True in one lane of a warp all of whose lanes are here.
+DI bool elect_one() {
+  int x;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.s32 %0, 1, 0, p;}" : "=r"(x));
+  return x;
+}
 // ---- barriers and registers
 DI void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 DI u64 load_acquire(const u64* p) {
