@@ -67,6 +67,8 @@ def support() -> str:
             lacks.append(f"more than {row['m']} queries of a key head, but in pages")
         if row["variant"] == "kLatent":
             lacks.append("values that are no columns of the keys")
+        if row["variant"] in ("kPaged", "kPagedScores"):
+            lacks.append("few queries, left padding, pages of no multiple of 16 keys, keys in no pages")
         missing = ", ".join(lacks) or "none"
         key = ("CUDA, " + arch, row["family"], row["direction"].lower(), unit, missing)
         found = merged.setdefault(key, ({}, {}))

@@ -61,6 +61,35 @@ def _cases():
         yield case(f"page-64-prefill-d{d}", "many queries against pages, some sequences shorter", s=130, page=64, d=d,
                    causal=True)  # fmt: skip
     yield case("page-16-prefill", "more queries than keys", s=700, page=16, h=2, g=1, causal=True, window=(200, 0))
+    for name, reason, options in (
+        ("page-16", "boxes of pages", {"page": 16}),
+        ("page-64-f16", "the other type", {"page": 64, "dtype": "float16"}),
+        ("page-128", "a box a tile", {"page": 128}),
+        ("page-256", "boxes of a part of a page", {"page": 256}),
+        ("page-48", "pages that begin within tiles", {"page": 48}),
+        ("page-5", "boxes too small for tiles of many queries", {"page": 5}),
+        ("page-16-d256", "boxes of pages in tiles of 80", {"page": 16, "d": 256}),
+        ("page-80-d256", "a box a tile of 80", {"page": 80, "d": 256}),
+        ("page-32-d80", "zero-filled", {"page": 32, "d": 80}),
+        ("page-16-d64", "zero-filled", {"page": 16, "d": 40}),
+        ("values-narrow", "e < d", {"page": 16, "e": 72}),
+        ("full", "no mask", {"page": 64, "causal": False}),
+        ("window", "tiles before the window are not read", {"page": 16, "window": (100, 3)}),
+        ("top-left", "the diagonal starts at the first key", {"page": 16, "alignment": "top_left"}),
+        ("sinks", "a term of the denominator", {"page": 64, "sinks": "normal"}),
+        ("leftpad", "NaN before the first key", {"page": 64, "leftpad": (0, 0, 5, 63, 2, 65, 127, 100, 299, 7)}),
+        ("softcap", "bent scores", {"page": 64, "softcap": 5.0}),
+        ("alibi-softcap-d64", "both", {"page": 16, "softcap": 8.0, "alibi": "b h", "d": 64}),
+        ("alibi-d256", "distances from the diagonal", {"page": 64, "alibi": "h", "d": 256}),
+        ("scale-negative", "the greatest score is of the least product", {"page": 32, "scale": -0.1}),
+        ("large", "scores of a hundred: references move", {"page": 32, "q_gain": 40.0}),
+        ("odd-group", "a group of seven", {"page": 32, "h": 21, "g": 3}),
+    ):
+        t = options["page"] * -(-700 // options["page"])
+        yield case(f"prefill-{name}", f"many queries: {reason}", **{"s": 150, "t": t, "causal": True,
+                   "lengths": (*RAGGED[:-1], t)} | options)  # fmt: skip
+    yield case("prefill-append", "many new keys into pages", s=140, new=140, causal=True, page=16, t=704, rotary=32,
+               lengths=(0, 1, 63, 64, 65, 127, 128, 129, 300, 564))  # fmt: skip
     yield case("page-2-d64", "more boxes in a tile than lanes", page=2, d=64)
     yield case("window", "blocks before the window are not read", s=3, window=(70, 0))
     yield case("window-right", "a window that looks ahead", s=8, window=(130, 3))
@@ -228,11 +257,13 @@ def test_splits(name, num_splits, implementation):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not ON_GPU, reason="CPU kernels check ids and lengths on the host")
-@pytest.mark.parametrize("page", [0, 16, 5])
-def test_bad_values_are_skipped(page, implementation):
+@pytest.mark.parametrize(
+    ("page", "s", "d"), [(0, 4, 128), (16, 4, 128), (5, 4, 128), (16, 130, 128), (64, 130, 64), (16, 130, 256)]
+)
+def test_bad_values_are_skipped(page, s, d, implementation):
     """Ids that name no page, entries that do not exist and lengths past the capacity: their keys do not take part."""
     t = 512 - 512 % (page or 1)
-    case = dataclasses.replace(BY_ID["decode-causal-4-d128"], t=t, page=page, lengths=(t,) * 10)
+    case = dataclasses.replace(BY_ID["decode-causal-4-d128"], s=s, d=d, t=t, page=page, lengths=(t,) * 10)
     case = dataclasses.replace(case, batch_idx=None if page else (0,) * 10)
     inputs = case.build()
     arrays = dict(inputs.arrays)

@@ -97,6 +97,7 @@ Gap gap(const Kernel& k, const Facts& f, int arch) {
     g.add(2, "runs on " + sm(k.arch_min) + (k.arch_max == k.arch_min ? "" : " and later"));
   if (k.shared != f.shared)
     g.add(4, k.shared ? "takes values that are columns of the keys" : "takes values of their own");
+  if (k.paged && !f.paged) g.add(4, "takes many queries against pages of multiples of 16 keys");
   if (f.upstream && std::strcmp(k.family, "upstream") != 0) g.add(16, "is not FlashAttention-2's");
   if (!k.built || (arch && arch >= k.arch_min && arch <= k.arch_max && !runs_on(k.built, arch)))
     g.add(1,
@@ -140,6 +141,7 @@ KernelTable kernels() {
    #variant,                                                                                 \
    is_one_of(#variant, "kDecode", "kLatent"),                                                \
    is_one_of(#variant, "kLatent"),                                                           \
+   is_one_of(#variant, "kPaged", "kPagedScores"),                                            \
    ci != 0,                                                                                  \
    built_for(#id),                                                                           \
    kRow_##id},
@@ -174,6 +176,9 @@ Facts facts_of(Direction direction, const Problem& p) {
   add(p.page_table && (p.leftpad || p.page % unit), kOddPages);
   add(!p.page_table && p.s > 64, kManyQueries);
   add(p.deterministic && direction == Direction::Backward, kDeterministic);
+  // Tiles of 128 queries that keep a Hopper GPU busy, and boxes of at least 16 keys.
+  const bool many = p.s > 64 && p.b * p.h * ((p.s + 127) / 128) >= 96;
+  f.paged = p.page_table && many && !p.leftpad && p.page % 16 == 0;
   if (p.g > 0 && p.s <= 64 && p.t >= 4 * p.s)
     f.queries = p.s * (p.h / p.g);
   else if (p.page_table)

@@ -46,6 +46,9 @@ inline constexpr uint32_t kInRowsScores =
 inline constexpr uint32_t kCached = kWindow | kSoftcap | kAlibi | kSinks | kSeqused | kBatchIdx |
                                     kPaged | kOddPages | kShift | kScale | kAlibiMoved |
                                     kUnequalDims;  // one sequence a row
+inline constexpr uint32_t kInPages =
+    kDense | kSeqused | kShift | kPaged | kOddPages;  // many queries of each
+inline constexpr uint32_t kInPagesScores = kInPages | kSoftcap | kAlibi | kAlibiMoved | kScale;
 
 // FlashAttention-2's: any lengths, by lists of sequences; few queries, or keys in pages; gradients.
 inline constexpr uint32_t kUpstreamSplit =
@@ -68,6 +71,7 @@ struct Kernel {
   const char* variant;
   bool few;     // m is the most queries of a key head that it serves, all heads of a group together
   bool shared;  // it serves calls whose values are columns of the keys, and no others
+  bool paged;   // it serves many queries against keys in pages, and no others
   bool ci;
   const char* built;  // the archs that this build holds it for: "80,86,", "75+,"; null: none
   int index;          // its place in the table
@@ -85,6 +89,7 @@ struct Facts {
   static constexpr int64_t kMany = INT64_MAX;
   bool upstream = false;  // asked for by name
   bool shared = false;    // the values are columns of the keys
+  bool paged = false;     // many queries against keys in pages that tiles can be made of
 };
 
 struct KernelTable {

@@ -21,9 +21,11 @@ enum class Variant {
   kMasked,     // windows
   kSequences,  // windows, sequences of any length in the rows, segment ids
   kScores,     // these, and what changes scores: softcap, bias, alibi
-  kDecode,     // few queries against many keys
-  kLatent,     // likewise, where the values are columns of the keys
-  kSplit,      // few queries against many keys, or keys in pages
+  kPaged,      // many queries against keys in pages
+  kPagedScores,
+  kDecode,  // few queries against many keys
+  kLatent,  // likewise, where the values are columns of the keys
+  kSplit,   // few queries against many keys, or keys in pages
 };
 
 // Enqueues the work; neither waits nor allocates.

@@ -48,6 +48,7 @@ void columns() {
   CHECK(picks({fwd, bf16, 128, 128, kPaged | kOddPages}, 90, "simt_fwd_bf16"));
   CHECK(picks({fwd, bf16, 128, 128, kPaged, 512}, 90, "sm90_decode_bf16_128"));
   CHECK(picks({fwd, bf16, 128, 128, kPaged, 513}, 90, "upstream_split_bf16_128"));
+  CHECK(picks({fwd, bf16, 128, 128, kPaged, 0}, 90, "sm90_decode_bf16_128"));
   CHECK(picks({fwd, bf16, 64, 64, 0, 1}, 90, "sm90_decode_bf16_64"));
   CHECK(picks({fwd, bf16, 100, 100, 0}, 90, "simt_fwd_bf16"));
   CHECK(picks({fwd, bf16, 128, 128, 0}, 80, "upstream_split_bf16_128"));
@@ -72,6 +73,12 @@ void columns() {
   CHECK(says({fwd, f32, 0, 64, 0}, 90, "d = 0"));
   CHECK(says({fwd, f32, 64, 64, 0}, 70, "sm_70"));
   CHECK(says({bwd, f32, 64, 64, kPaged}, 90, "page_table"));
+  Facts many{fwd, bf16, 128, 128, kPaged | kSeqused, 0};
+  many.paged = true;
+  CHECK(picks(many, 90, "sm90_fwd_bf16_128_paged"));
+  CHECK(picks(many, 80, "upstream_split_bf16_128"));
+  many.features |= kAlibi | kUnequalDims, many.d = 72;
+  CHECK(picks(many, 90, "sm90_fwd_bf16_128_paged_scores"));
   Facts latent{fwd, bf16, 576, 512, kUnequalDims | kSeqused, 128};
   CHECK(says(latent, 90, "d = 576"));
   latent.shared = true;
@@ -92,14 +99,15 @@ void first_of_table() {
     const int archs[] = {0, 70, 75, 80, 90, 100, 120};
     const int arch = archs[random.integer(0, 6)];
     if (random.chance(0.5)) f.queries = random.integer(1, 1000);
-    f.upstream = random.chance(0.2), f.shared = random.chance(0.1);
+    f.upstream = random.chance(0.2), f.shared = random.chance(0.1), f.paged = random.chance(0.2);
     const Kernel* first = nullptr;
     for (const Kernel& k : kernels()) {
       bool dims = f.d >= 1 && f.e >= 1 && f.d <= k.d && f.e <= k.e && f.d % k.unit == 0 &&
                   f.e % k.unit == 0;
       bool here = arch == 0 || (arch >= k.arch_min && arch <= k.arch_max);
       bool serves = k.direction == f.direction && k.dtype == f.dtype && dims && here && k.built &&
-                    f.shared == k.shared && (!f.upstream || !std::strcmp(k.family, "upstream")) &&
+                    f.shared == k.shared && (f.paged || !k.paged) &&
+                    (!f.upstream || !std::strcmp(k.family, "upstream")) &&
                     (f.features & ~k.features) == 0 && (!k.few || f.queries <= k.m);
       if (serves && !first) first = &k;
     }
@@ -149,6 +157,13 @@ void facts() {
   CHECK(features([&](Problem& x) { x.leftpad = &ids; }) == kSeqused);
   CHECK(features([&](Problem& x) { x.batch_idx = &ids; }) == kBatchIdx);
   CHECK(features([&](Problem& x) { x.page_table = &ids; }) == kPaged);
+  auto paged = [&](int64_t s, int64_t h, int64_t page, const int32_t* leftpad = nullptr) {
+    Problem x = p;
+    x.page_table = &ids, x.leftpad = leftpad, x.b = 2, x.s = s, x.h = h, x.page = page;
+    return facts_of(Direction::Forward, x).paged;
+  };
+  CHECK(paged(65, 48, 16) && paged(65, 48, 48) && paged(257, 16, 64));
+  CHECK(!paged(64, 48, 16) && !paged(65, 47, 16) && !paged(65, 48, 40) && !paged(65, 48, 16, &ids));
   CHECK(features([&](Problem& x) { x.shift = &ids; }) == kShift);
   CHECK(features([&](Problem& x) { x.dropout_seed = &ids; }) == kDropout);
   CHECK(features([](Problem& x) { x.e = 8; }) == kUnequalDims);

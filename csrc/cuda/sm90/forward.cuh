@@ -12,10 +12,12 @@ namespace flashjax::sm90 {
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   constexpr bool kF16 = kType == DType::kF16;
+  using V = cuda::Variant;
+  constexpr bool kPaged = kVariant == V::kPaged || kVariant == V::kPagedScores;
+  constexpr bool kBent = kVariant == V::kScores || kVariant == V::kPagedScores;
   constexpr int kOptions =
-      forward_options(D, E, M, N, kVariant != cuda::Variant::kFull,
-                      kVariant == cuda::Variant::kSequences || kVariant == cuda::Variant::kScores,
-                      kVariant == cuda::Variant::kScores);
+      forward_options(D, E, M, N, kVariant != V::kFull,
+                      kPaged || kBent || kVariant == V::kSequences, kBent, kPaged);
   using K = Forward<kF16, D, E, M, N, kOptions>;
   ForwardArgs a{};
   a.p = problem(p);
@@ -53,8 +55,14 @@ cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStre
   };
   TMap q, k, v, o;
   cudaError_t error = map(q, p.q, p.b, p.s, p.h, p.d, M);
-  error = cuda::first_error(error, map(k, p.t ? p.k : p.q, p.c, p.t, p.g, p.d, N));
-  error = cuda::first_error(error, map(v, p.t ? p.v : p.q, p.c, p.t, p.g, p.e, N));
+  // Keys in pages are sequences of one box each.
+  if (kPaged) a.pages = pages(p, N);
+  const int64_t rows = kPaged ? a.pages.box : p.t, entries = kPaged ? p.c * (p.page / rows) : p.c;
+  const int box = kPaged ? a.pages.box : N;
+  if (kPaged && entries * rows > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const bool keys = p.t > 0 && p.c > 0;
+  error = cuda::first_error(error, map(k, keys ? p.k : p.q, entries, rows, p.g, p.d, box));
+  error = cuda::first_error(error, map(v, keys ? p.v : p.q, entries, rows, p.g, p.e, box));
   error = cuda::first_error(error, map(o, p.out, p.b, p.s, p.h, p.e, 64));
   if (error != cudaSuccess) return error;
   if constexpr (K::kSpan) {

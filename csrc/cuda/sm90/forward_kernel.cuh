@@ -1,6 +1,7 @@
 // The forward for sm_90a: one producer warp (TMA), and kGroups consumer warpgroups of 64 query rows
 // each. Pipeline, barriers, registers and shared memory: docs/kernels/sm90-forward.md.
 #pragma once
+#include "pages.cuh"
 #include "problem.cuh"
 #include "wgmma.cuh"
 
@@ -18,6 +19,7 @@ struct ForwardArgs {
   int* ticket;        // zeroed; null: tiles go round
   const Span* spans;  // of sequences: the tiles, in order, and how many there are
   const int* count;
+  Pages pages;
 };
 
 // How a kernel is made. What each option is worth is in docs/kernels/sm90-forward.md.
@@ -29,11 +31,14 @@ enum : int {
   kMasks = 16,   // windows (else every pair is visible but for the tail of the keys)
   kSpans = 32,   // sequences in the rows, and segment ids
   kScores = 64,  // softcap, bias, alibi
+  kPages = 128,  // keys in pages, of one sequence a row
 };
 
 // What was best for a head dim and a kind of problem.
-constexpr int forward_options(int d, int e, int m, int n, bool masks, bool spans, bool scores) {
-  int x = (masks ? kMasks : 0) | (spans ? kSpans : 0) | (scores ? kScores : 0);
+constexpr int forward_options(int d, int e, int m, int n, bool masks, bool spans, bool scores,
+                              bool pages) {
+  int x =
+      (masks ? kMasks : 0) | (spans ? kSpans : 0) | (scores ? kScores : 0) | (pages ? kPages : 0);
   if (m == 64)
     x |= kOnce;
   else if (masks)
@@ -59,7 +64,7 @@ struct Forward {
   static constexpr bool kSepO = kOptions & kOwnOut, kQReg = kOptions & kQInRegs,
                         kDyn = kOptions & kTickets, kOne = kOptions & kOnce,
                         kMask = kOptions & kMasks, kSpan = kOptions & kSpans,
-                        kScore = kOptions & kScores;
+                        kScore = kOptions & kScores, kPage = kOptions & kPages;
   static constexpr int kChunks = N / 8;  // of 8 columns of S
   // Powers of two: how far a score must be above the reference to move it; how far below 1 a
   // reference may be that is raised by as much, for one above makes maxima cheap (and by a power of
@@ -80,18 +85,19 @@ struct Forward {
   static constexpr int kSlot = 80;   // a tile's Span and Blocks, or its number
   static constexpr int kBarOut = 1;  // named barriers, one a warpgroup
   static_assert(!kSpan || (kDyn && kMask));
+  static_assert(!kPage || (kSpan && N <= 512));
 
   // Shared memory from an aligned base: q, k, v stages[, out], barriers.
   struct Layout {
     u32 q, k, v, o;
-    u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, t_full, t_empty, tickets;
+    u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, t_full, t_empty, tickets, odd;
     DI explicit Layout(u32 base) {
       q = base, k = q + kQBufs * kQBytes, v = k + kStages * kKBytes, o = v + kStages * kVBytes;
       tickets = v + kStages * kVBytes + (kSepO ? kOBytes : 0);
       q_full = tickets + 2 * kSlot, q_empty = q_full + 16, k_full = q_empty + 16,
       k_empty = k_full + 8 * kStages;
       v_full = k_empty + 8 * kStages, v_empty = v_full + 8 * kStages;
-      t_full = v_empty + 8 * kStages, t_empty = t_full + 16;
+      t_full = v_empty + 8 * kStages, t_empty = t_full + 16, odd = t_empty + 16;
     }
   };
 
@@ -148,7 +154,7 @@ struct Forward {
         mb_init(x.v_full + 8 * i, 1), mb_init(x.v_empty + 8 * i, kGroups);
       }
       for (int i = 0; i < 2; i++)
-        mb_init(x.t_full + 8 * i, 1), mb_init(x.t_empty + 8 * i, 4 * kGroups + kSpan);
+        mb_init(x.t_full + 8 * i, 1), mb_init(x.t_empty + 8 * i, 4 * kGroups + kSpan + kPage);
       mb_init_fence();
       fence_async();
     }
@@ -156,10 +162,14 @@ struct Forward {
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
-      if (threadIdx.x == 0)
+      const int warp = threadIdx.x / 32;
+      if constexpr (kPage) {
+        if (warp == 0) produce_pages<false>(mq, mk, a, x);
+        if (warp == 2) produce_pages<true>(mq, mv, a, x);
+      } else if (threadIdx.x == 0) {
         produce(mq, mk, mv, a, x);
-      else if (kSpan && threadIdx.x / 32 == 1)
-        publish(a, x);
+      }
+      if (kSpan && warp == 1) publish(a, x);
     } else {
       reg_inc<kConsumerRegs>();
       consume(mo, a, wg - 1, x);
@@ -228,6 +238,78 @@ struct Forward {
         load_v(it, k0 + (j + 1) * N, hk, box);
       }
       load_v(it++, k0 + n.begin * N, hk, box);
+    }
+  }
+
+  // Keys in pages: one warp brings Q and K, another V.
+  template <bool kV>
+  static DI void produce_pages(const TMap& mq, const TMap& map, const ForwardArgs& a,
+                               const Layout& x) {
+    constexpr int kBytes = kV ? kVBytes : kKBytes;
+    const u32 tiles = kV ? x.v : x.k, full = kV ? x.v_full : x.k_full,
+              empty = kV ? x.v_empty : x.k_empty;
+    const int lane = threadIdx.x & 31, box = a.pages.box, own = 16 * lane / box * box;
+    const bool first = lane == 0;
+    u32 it = 0, w = 0;
+#pragma unroll 1
+    for (u32 round = 0;; round++) {
+      const u32 slot = round & 1;
+      mb_wait(x.t_full + 8 * slot, (round >> 1) & 1);
+      const Tile<> span(x.tickets + kSlot * slot);
+      const int h = span.head(a.p);
+      if (h < 0) break;
+      const Blocks n = span.blocks(a.p);
+      const int hk = a.by_ratio(h), b = span.b(a.p), end = span.end(a.p);
+      const int q0 = span.q_row(a.p, span.first(a.p)), q_box = span.q_box(a.p);
+      __syncwarp();
+      if (first) mb_arrive(x.t_empty + 8 * slot);
+      // A lane looks for the box of 16 keys of block j: where those of it that are the sequence's
+      // end, over [pages, page]. 0: past its last key; -1: in no page.
+      auto look = [&](int j) {
+        const int key = j * N + own;
+        if (16 * lane >= N || (u32)key >= (u32)end) return 0;
+        const Place at = place(a.pages, b, key);
+        return at.good() ? at.page * a.pages.size + at.row + min(box, end - key) : -1;
+      };
+      int next = look(n.end - 1);
+#pragma unroll 1
+      for (int j = n.end - 1; j >= n.begin; j--, it++) {
+        const int at = next;
+        next = look(j - 1);
+        const u32 st = it % kStages, bar = full + 8 * st, tile = tiles + st * kBytes;
+        mb_wait(empty + 8 * st, ((it / kStages) & 1) ^ 1);
+        const u32 odd = __ballot_sync(~0u, at < 0), found = __ballot_sync(~0u, at > 0);
+        if (kV && found != (1u << N / 16) - 1) {
+          // P is 0 there, but what is left there may be NaN.
+#pragma unroll 1
+          for (int i = 0; i < N; i += 16)
+            if (!(found >> i / 16 & 1)) clear_rows<E / 64>(tile, N, i, 0xffff);
+          fence_async();
+          __syncwarp();
+        }
+        if (first) {
+          if (!kV) store_int(x.odd + 4 * st, odd);
+          mb_expect(bar, __popc(found) * (kBytes / N * 16));
+        }
+#pragma unroll 1
+        for (int i = 0; i < N; i += box) {
+          const int to = __shfl_sync(~0u, at, i / 16);
+          if (first && to > 0) {
+#pragma unroll
+            for (int c = 0; c < (kV ? E : D) / 64; c++)
+              tma_load(tile + (c * N + i) * 128, &map, bar, c * 64, max(0, j * N + i + box - end),
+                       hk, to, kEvictLast);
+          }
+        }
+        if (kV || j < n.end - 1) continue;
+        mb_wait(x.q_empty, (w++ & 1) ^ 1);
+        if (first) {
+          mb_expect(x.q_full, kQBytes);
+#pragma unroll
+          for (int c = 0; c < D / 64; c++)
+            tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, q0, h, q_box, kEvictFirst);
+        }
+      }
     }
   }
 
@@ -305,6 +387,7 @@ struct Forward {
     Blocks blocks{};
     int n = 0;          // the block
     bool half = false;  // this warpgroup sees no more than half of its first block
+    int odd = 0;        // of keys in pages: a bit for each 16 of the block that are in no page
 
     auto issue_qk = [&](int st, auto width) {
       constexpr int kWidth = decltype(width)::value;
@@ -329,6 +412,10 @@ struct Forward {
         Wgmma<E, F16>::template rs<1>(o, pb[4 * k], pb[4 * k + 1], pb[4 * k + 2], pb[4 * k + 3],
                                       desc(lo + k * (2048 >> 4)), 1);
       wg_commit();
+    };
+    auto arrived = [&]() {  // the newest K block
+      mb_wait(x.k_full + 8 * st, ph);
+      if constexpr (kPage) odd = agreed(load_int(x.odd + 4 * st));
     };
     auto done = [&]() {  // nobody of this warp reads the Span any more
       if constexpr (kSpan) {
@@ -414,7 +501,7 @@ struct Forward {
         }
       }
       half = kHalves && seen - n * N <= kHalf;
-      mb_wait(x.k_full + 8 * st, ph);
+      arrived();
       return true;
     };
     // Of the tile whose last product is under way: where out goes (without TMA, for how many rows),
@@ -504,7 +591,11 @@ struct Forward {
                 if (8 * j + e < least) s[4 * j + 2 * hh + e] = -infinity();
           }
         }
-        if (kSpan && tile.compare(p)) {
+        if constexpr (kPage) {
+#pragma unroll
+          for (int i = 0; i < N / 2; i++)
+            if (odd >> (i / 8) & 1) s[i] = -infinity();
+        } else if (kSpan && tile.compare(p)) {
           wg_wait<0>();
           mask_segments(s, tile.query_ids(p), row0, tile.q_len(p), tile.key_ids(p), n * N,
                         tile.k_len(p));
@@ -577,7 +668,7 @@ struct Forward {
       if (!kAhead) first_qk(Width<N>{}, false);
       if (elect) mb_arrive(x.k_empty + 8 * st);
       transform(n);
-      if (tile.masked(blocks, n)) mask(n);
+      if (odd || tile.masked(blocks, n)) mask(n);
       update_ref(true);
       exponentials();
       to_p();
@@ -594,7 +685,7 @@ struct Forward {
         rescale();
         const int sv = st, pv = ph;  // PV lags QK by one block
         if (++st == kStages) st = 0, ph ^= 1;
-        mb_wait(x.k_full + 8 * st, ph);
+        arrived();
         pin(s), pin(o);
         wg_fence();
         issue_qk(st, Width<N>{});
@@ -605,7 +696,7 @@ struct Forward {
         pin(s);
         if (elect) mb_arrive(x.k_empty + 8 * st);
         transform(n);
-        if (kMask && tile.masked(blocks, n)) mask(n);
+        if (kMask && (odd || tile.masked(blocks, n))) mask(n);
         update_ref(false);
         exponentials();
         // Else ptxas moves exponentials below the wait. It cannot see that this is never negative.
