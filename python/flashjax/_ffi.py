@@ -115,7 +115,7 @@ def _own_bytes(target, arrays, attrs):
     if target == "flashjax_fwd":
         return max_dim(plan(s, 128), _partial_results_bytes(arrays, attrs))
     width = next(x for x in (64, 128, 256) if widest <= x)
-    rows = -(-s // 128) * 128 + 128 * n * bool(packed)  # each sequence begins a tile
+    rows = -(-s // 128) * 128 + (128 * n if packed else 64)  # each sequence begins a tile, of any size
     statistics = 4 * b * h * rows * (width + 2)  # dq in float32, and two numbers of each query
     counters = (8 * h + 4) * b * (rows // 64) + 16  # of each 64 queries
     pieces = 0  # of key tiles without a mask, on no more multiprocessors than any such GPU has: dk and dv in float32

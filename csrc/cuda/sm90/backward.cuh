@@ -27,12 +27,13 @@ inline Cut cut_last_wave(int64_t tiles, int64_t steps, int64_t sms, int64_t room
   constexpr int64_t kCost = 8;  // in steps
   const int64_t rest = tiles % sms, ranges = std::min({sms, 8 * rest, room});
   const int64_t length = ranges > 0 ? (rest * steps + ranges - 1) / ranges : steps;
-  Cut cut{static_cast<int>(tiles), 0, 0, 0, 0};
+  Cut cut{};
+  cut.whole = cut.items = static_cast<int>(tiles);
   if (length + kCost > steps || rest * steps > 1 << 30) return cut;
   cut.whole = static_cast<int>(tiles - rest);
   cut.ranges = static_cast<int>((rest * steps + length - 1) / length);
   cut.length = static_cast<int>(length), cut.steps = static_cast<int>(steps);
-  cut.total = static_cast<int>(rest * steps);
+  cut.total = static_cast<int>(rest * steps), cut.items = cut.whole + 2 * cut.ranges;
   return cut;
 }
 
@@ -47,6 +48,11 @@ inline bool writes_dbias(const BwdParams& p, bool shared) {
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   static_assert(D == E);
+  if constexpr (M == 80) {  // one stage of K: a key tile begins late, which short rows do not make
+                            // up for
+    if (p.s < 4096)
+      return launch_backward<kType, D, E, 64, N, cuda::Variant::kMasked>(p, device, stream);
+  }
   constexpr bool kF16 = kType == DType::kF16;
   constexpr bool kScore = kVariant == cuda::Variant::kScores,
                  kSpan = kScore || kVariant == cuda::Variant::kSequences;
@@ -65,7 +71,8 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   auto kernel = decltype(choose(std::integral_constant<int, kOptions>{}))::kKernel;
   int smem = K::kSmem;
   // Sequences begin at multiples of M where queries are padded.
-  const int64_t rows = (p.s + 127) / 128 * 128 + (p.cu_seqlens_q || p.cu_seqlens_k ? 128 * p.n : 0);
+  const int64_t rows = (p.s + 127) / 128 * 128 + (M % 64 ? 64 : 0) +
+                       (p.cu_seqlens_q || p.cu_seqlens_k ? 128 * p.n : 0);
   const int64_t heads = p.b * p.h, nblocks = (p.t + N - 1) / N;
   // Heads whose Q, dO and dQ fit in the L2 together, but enough of them that the short blocks of
   // one section fill the gaps that the long ones of the next leave.
@@ -104,11 +111,14 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   a.visits = visits, a.ticket = ticket, a.yields = p.yields;
   a.dq = static_cast<unsigned short*>(p.dq), a.d = static_cast<int>(p.d);
   a.nblocks = static_cast<int>(nblocks), a.group = 1;
-  a.cut.whole = static_cast<int>(blocks);
+  a.query_blocks = static_cast<int>((p.s + M - 1) / M);
+  a.ratio = a.p.g ? a.p.h / a.p.g : 0;
+  a.cut.whole = a.cut.items = static_cast<int>(blocks);
   if (a.p.left >= 0 || a.p.right >= 0) {  // else all CTAs go through one head in step
     a.group = static_cast<int>(std::min(near, kSpan ? p.g : p.g * p.b));
   } else {
-    a.stagger = K::kCounts && !p.deterministic;
+    if (K::kCounts && !p.deterministic)
+      a.stagger = static_cast<u32>(UINT32_MAX / std::max<int64_t>(nblocks, 1));
     if (K::kCuts && a.stagger && !p.yields) {
       constexpr int64_t kPiece = 2 * N * D * 4 + 2 * 4;
       a.cut = cut_last_wave(blocks, p.h / p.g * query_tiles, device.sms,
@@ -207,8 +217,8 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     map(dk, p.dk, p.t, p.g, p.d, K::kStoreRows), map(dv, p.dv, p.t, p.g, p.e, K::kStoreRows);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
     if (error != cudaSuccess) return error;
-    const int64_t items = a.cut.whole + a.cut.ranges;
-    const int64_t grid = K::kStays && !p.yields ? std::min<int64_t>(items, device.sms) : items;
+    const int64_t tickets = a.cut.whole + a.cut.ranges;
+    const int64_t grid = K::kStays && !p.yields ? std::min<int64_t>(tickets, device.sms) : tickets;
     kernel<<<static_cast<unsigned>(grid), K::kThreads, smem, stream>>>(q, k, v, dout, dk, dv, a);
     check(cudaGetLastError());
   }

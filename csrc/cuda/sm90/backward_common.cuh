@@ -13,6 +13,7 @@ namespace flashjax::sm90 {
 struct Cut {
   int whole;   // tiles that are not cut, taken first
   int ranges;  // of `length` steps, but for the last
+  int items;   // of work in all, see Piece
   int length;  // at most `steps`, so that a range meets two tiles at most
   int steps, total;
 };
@@ -22,10 +23,11 @@ struct BackwardArgs {
   const float *lse2,
       *delta;  // [b * h, rows]: lse * log2(e), +inf where P is to be 0; sum of dout * out - dlse
   float* acc;  // dQ, [b * h, rows * D]; register order within a tile of M x D
-  int rows;    // of a head: s rounded up to 128, or more, for each sequence begins a tile
-  int nblocks, group;  // key blocks of a head; key heads of an L2 section
+  int rows;    // of a head, a multiple of 64: all tiles of M queries, of sequences too
+  int nblocks, group;       // key blocks of a head; key heads of an L2 section
+  int ratio, query_blocks;  // query heads of a key head; tiles of M queries of a head
   int clean;    // some query of a visited tile may have seen nothing, and its dout may be NaN
-  int stagger;  // key blocks of a head begin at different queries
+  u32 stagger;  // 2^32 / nblocks: key blocks of a head begin at different queries; 0: they do not
   u64* visits;  // [b * h, rows / 64], of the tile that begins there: see Visits
   int* ticket;  // key tiles that were taken
   int yields;   // transfers want to start beside the kernel: no CTA stays for a second key tile
@@ -106,6 +108,7 @@ struct Walk {
 // The queries that see some keys of block n, in rows of one length.
 template <class K>
 DI Blocks queries_of(const BackwardArgs& a, int n) {
+  if constexpr (!K::kMask) return {0, a.query_blocks, 0, a.query_blocks};
   return query_blocks(a.p, K::kM, true, a.p.diagonal, n * K::kN, min(n * K::kN + K::kN, a.p.t), 0,
                       a.p.s, a.p.s);
 }
@@ -118,10 +121,10 @@ DI int ranked(const BackwardArgs& a, int n) { return a.reverse ? a.nblocks - 1 -
 // that under a causal mask the longest go first, if not reversed.
 struct Turn {
   int rank, head;  // of `heads`, those of one row of the batch or of all
-  DI Turn(const BackwardArgs& a, int i, int tiles, int heads) {
-    const int per = a.group * tiles, section = i / per, r = i - section * per;
-    const int own = min(a.group, heads - section * a.group);
-    rank = r / own, head = section * a.group + r % own;
+  DI Turn(int group, int i, int tiles, int heads) {
+    const int per = group * tiles, section = i / per, r = i - section * per;
+    const int own = min(group, heads - section * group);
+    rank = r / own, head = section * group + r % own;
   }
 };
 
@@ -151,16 +154,14 @@ template <class K>
 DI KeyTile<false> key_tile(const BackwardArgs& a, int i) {
   const Problem& p = a.p;
   const Piece piece(a.cut, i);
-  const Turn at(a, piece.tile, a.nblocks, p.b * p.g);
+  const Turn at(K::kMask ? a.group : 1, piece.tile, a.nblocks, p.b * p.g);
   const int n = ranked(a, at.rank);
   KeyTile<false> x;
-  x.heads = p.h / p.g, x.g = at.head % p.g, x.first_head = x.g * x.heads;
+  x.heads = a.ratio, x.g = at.head % p.g, x.first_head = x.g * x.heads;
   x.dense_first = n * K::kN, x.dense_b = at.head / p.g, x.dense_head = x.g;
-  x.clean = a.clean;
+  x.clean = K::kMask && a.clean;
   x.blocks = queries_of<K>(a, n);
-  x.start = x.blocks.begin;
-  if (K::kCounts && a.stagger)
-    x.start += (int)((long long)n * (x.blocks.end - x.blocks.begin) / a.nblocks);
+  x.start = x.blocks.begin + (int)__umulhi(n * a.stagger, x.blocks.end - x.blocks.begin);
   x.skipped = piece.begin;
   x.count = min(piece.end, x.heads * (x.blocks.end - x.blocks.begin)) - piece.begin;
   return x;
@@ -175,7 +176,7 @@ DI KeyTile<true> key_tile_at(const BackwardArgs& a, u32 span) {
   auto load = [&](int at) { return Rows<true, kOneThread>::load(span + at); };
   KeyTile<true> x;
   x.span = span;
-  x.heads = a.p.h / a.p.g, x.g = load(__builtin_offsetof(Span, head)), x.first_head = x.g * x.heads;
+  x.heads = a.ratio, x.g = load(__builtin_offsetof(Span, head)), x.first_head = x.g * x.heads;
   x.clean = load(__builtin_offsetof(Span, clean)) || a.clean;
   x.blocks.begin = load(sizeof(Span)), x.blocks.end = load(sizeof(Span) + 4);
   x.start = load(sizeof(Span) + 16);
@@ -186,7 +187,7 @@ DI KeyTile<true> key_tile_at(const BackwardArgs& a, u32 span) {
 template <class K>
 DI KeyTile<true> put_key_tile(const BackwardArgs& a, int i, u32 span) {
   const Problem& p = a.p;
-  const Turn at(a, i, *a.key_tiles, p.g);
+  const Turn at(a.group, i, *a.key_tiles, p.g);
 #pragma unroll(K::kProducerRegs > 24 ? 4 : 1)
   for (int j = 0; j < 4; j++) store_int4(span + 16 * j, ((const int4*)(a.keys + at.rank))[j]);
   store_int(span + __builtin_offsetof(Span, head), at.head);
@@ -238,6 +239,10 @@ struct Queries {
   int first, length;  // the first, counted within the sequence; the sequence's
   long long padded;   // the first, in arrays of [b * h, rows]
   bool none;          // rows of no sequence
+  template <int M>
+  DI long long visits() const {  // of the tile of M that begins here
+    return (padded - M % 64 * (first / M)) / 64;
+  }
 };
 
 DI Queries queries(const BackwardArgs& k, const Span& x, int h, int skip) {
@@ -269,7 +274,7 @@ struct BackwardProducer {
   static DI void load_keys(const TMap& map, const Problem& p, u32 to, const Tile& tile, u32 full) {
     const auto rows = tile.rows();
     const int row = rows.k_row(p, rows.first(p)), box = rows.k_box(p);
-#pragma unroll 1
+#pragma unroll(K::kMask ? 1 : kChunks)
     for (int c = 0; c < kChunks; c++)
       tma_load(to + c * N * 128, &map, full, c * 64, row, tile.g, box, kEvictFirst);
   }
@@ -283,7 +288,7 @@ struct BackwardProducer {
     auto put = [&](const TMap& map, u32 to, u32 numbers, u32 empty, u32 full, const float* from) {
       mb_wait(empty + 8 * s, ~(it / kStages) & 1);
       mb_expect(full + 8 * s, K::kQBytes + M * 4);
-#pragma unroll 1
+#pragma unroll(K::kMask ? 1 : kChunks)
       for (int c = 0; c < kChunks; c++)
         tma_load(to + s * K::kQBytes + c * M * 128, &map, full + 8 * s, c * 64,
                  rows.q_row(a.p, at.m * M), at.h, rows.q_box(a.p), kEvictLast);
@@ -346,6 +351,32 @@ DI void put_rows(const float (&x)[kCount], u32 to, int chunk, int row, float f) 
               pack<F16>(x[8 * s + 6] * f, x[8 * s + 7] * f));
 }
 
+// The same of a tile whose warpgroups hold it transposed: of its 4 parts of 32 columns the one of
+// that number, 8 rows at a time. Two warps of a warpgroup have the columns of a part, as matrices
+// of 8 x 8.
+template <bool F16, int D, int M>
+DI void convert_dq_transposed(const BackwardArgs& a, const float* tile, int h, int begin, int rows,
+                              int part) {
+  static_assert(D == 128);
+  const int lane = threadIdx.x & 31, q = lane & 3, column = part * 32 + 8 * q;
+  const float4* from = (const float4*)tile + part / 2 * (M * D / 8) + part % 2 * 64 + lane;
+  int row = lane >> 2;
+  unsigned short* to = a.dq + ((long long)(begin + row) * a.p.h + h) * a.d + column;
+  if (column >= a.d) rows = 0;
+#pragma unroll 1
+  for (int j = 0; j < M / 8; j++, row += 8, from += 128, to += 8 * a.p.h * a.d) {
+    u32 x[4];  // pairs of rows; then of columns, of four pieces of 8
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const float4 f = from[32 * k];
+      x[2 * k] = transpose_matrix(pack<F16>(f.x * a.p.scale, f.y * a.p.scale));
+      x[2 * k + 1] = transpose_matrix(pack<F16>(f.z * a.p.scale, f.w * a.p.scale));
+    }
+    transpose_quad(x, q);
+    if (row < rows) *(uint4*)to = make_uint4(x[0], x[1], x[2], x[3]);
+  }
+}
+
 // `rows` of dq of a head, from number `begin` over [b, s] on: scale * `tile`, which is in register
 // order, in 16 bits. By warps: of the M * D / 512 groups of 16 rows x 32 columns, those from
 // `first` to `end`, `step` apart.
@@ -353,7 +384,8 @@ template <bool F16, int D, int M, bool kByRows>
 DI void convert_dq(const BackwardArgs& a, const float* tile, int h, int begin, int rows, int first,
                    int end, int step) {
   constexpr int kAcross = (kByRows ? D : D / 2) / 32;  // groups side by side in a warpgroup's part
-  const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+  const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, pitch = a.p.h * a.d;
+  unsigned short* const dq = a.dq + ((long long)begin * a.p.h + h) * a.d;
 #pragma unroll 1
   for (int i = first; i < end; i += step) {
     const int j = i % kAcross * 4, w = i / kAcross % 4, cw = i / (4 * kAcross);
@@ -373,7 +405,7 @@ DI void convert_dq(const BackwardArgs& a, const float* tile, int h, int begin, i
       const int row = (kByRows ? cw * 64 : 0) + w * 16 + g + 8 * half;
       const int column = (kByRows ? 0 : cw * (D / 2)) + 8 * (j + q);
       if (row < rows && column < a.d)
-        *(uint4*)(a.dq + ((long long)(begin + row) * a.p.h + h) * a.d + column) =
+        *(uint4*)(dq + (long long)row * pitch + column) =
             make_uint4(x[half][0], x[half][1], x[half][2], x[half][3]);
     }
   }

@@ -15,9 +15,9 @@ struct Backward {
   using Producer = BackwardProducer<Backward>;
   static constexpr int kM = M, kN = N, kStages = 2, kChunks = D / 64, kThreads = 384,
                        kStoreRows = 64;
-  static constexpr int kConsumerRegs = !(kOptions & kBackwardScores) ? 232
-                                       : D == 128                    ? 240
-                                                                     : 224,
+  static constexpr int kConsumerRegs = D == 128 && ((kOptions & kBackwardScores) || M == 80) ? 240
+                                       : kOptions & kBackwardScores                          ? 224
+                                                                                             : 232,
                        kProducerRegs = 504 - 2 * kConsumerRegs;
   static constexpr bool kMask = kOptions & kBackwardMasks, kSpan = kOptions & kBackwardSpans,
                         kScore = kOptions & kBackwardScores, kBias = kOptions & kBackwardBias;
@@ -25,16 +25,18 @@ struct Backward {
   // One CTA a multiprocessor, which takes key tiles until there are none, counts the visits of each
   // tile of dQ, and converts tiles that are complete. In a call that yields, or where registers are
   // short, a CTA leaves after one key tile, and dQ is converted after.
-  static constexpr bool kCounts = true, kStays = kProducerRegs > 24;
+  static constexpr bool kCounts = true, kStays = kProducerRegs > 24 || M == 80;
   // Bytes of a bias that comes by tiles, to where float32 ones of dS leave from.
   static constexpr int kTile = kOptions & kBackwardTiles16   ? 2
                                : kOptions & kBackwardTiles32 ? 4
                                                              : 0,
                        kTileBytes = M * N * kTile, kTileStages = kTile == 4 && D == 128 ? 1 : 2;
   static constexpr int kDsReaders = kTile ? 288 : 256;  // threads that read dS
-  static constexpr int kKStages = kStays ? 2 : 1;
-  // How dQ (M x D) is split over the two warpgroups: by rows, or by columns.
-  static constexpr bool kByRows = M == 128;
+  // How dQ (M x D) is split over the two warpgroups: by rows; by columns;
+  // or, transposed, by columns, where M is no multiple of 64.
+  static constexpr bool kLean = kProducerRegs == 24 && kStays;
+  static constexpr bool kByRows = M == 128, kTransposed = M % 64 != 0;
+  static constexpr int kKStages = kStays && !kTransposed ? 2 : 1;
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kDsBytes = M * N * 2,
                        kDqBytes = M * D * 4;
   static constexpr int kSmem = (kKStages + 1) * kKBytes + kTileStages * kTileBytes +
@@ -42,7 +44,8 @@ struct Backward {
                                2 * kStages * M * 4 + 384 + 1024;
   static constexpr bool kCuts = kStays && !kSpan;  // see Cut
   static constexpr int kSaidTogether = 4;          // visits, see add_tile
-  static_assert(N == 128 && (D == 64 || D == 128) && (M == 64 || (M == 128 && D == 64)));
+  static_assert(N == 128 && (D == 64 || D == 128) && kSmem <= 232448 &&
+                (M == 64 || (M == 128 && D == 64) || (M == 80 && D == 128)));
   // dV waits for its store in the buffer of dS, a warpgroup's in its own halves, and dK over K.
   static_assert(M >= 64 && kChunks <= 2);
   // Named barriers: dS is in shared memory; half of the dQ buffer is free (two ids); is full (two);
@@ -50,7 +53,7 @@ struct Backward {
   static constexpr int kBarDs = 1, kBarDqFree = 2, kBarDqFull = 4, kBarEnd = 6, kBarStore = 7;
 
   struct Layout {
-    u32 k, v, q, o, ds, dq, lse, delta;  // two stages, one of V and dQ
+    u32 k, v, q, o, ds, dq, lse, delta;  // two stages, one of V and dQ, kKStages of K
     u32 k_full, k_empty, v_full, v_empty, q_full, q_empty, o_raw, o_full, o_empty;
     u32 item, unit, span, bias, bias_full;
     DI explicit Layout(u32 base) {
@@ -71,7 +74,8 @@ struct Backward {
     extern __shared__ unsigned char smem_raw[];
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
-    const bool clears = kSpan || a.clean;  // of sequences each tile says whether it has to be
+    const bool clears =
+        kSpan || (kMask && a.clean);  // of sequences each tile says whether it has to be
     if (threadIdx.x == 0) {
       for (int i = 0; i < 2; i++)
         mb_init(x.k_full + 8 * i, 1), mb_init(x.k_empty + 8 * i, 3 + clears);
@@ -85,23 +89,24 @@ struct Backward {
     if (wg == 0) {
       reg_dec<kProducerRegs>();
       const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
-      if (threadIdx.x == 0)
+      if (threadIdx.x == 0) {
         load(mq, mk, mv, mdo, a, x);
-      else if (warp == 1)
+      } else if (warp == 1) {
         add(a, x);
-      else if (warp == 2 && clears)
-        clean(a, x);
-      else if (warp == 3)
-        move_bias(a, x);
-      if (kStays && warp >= 2 && !a.yields) finish(a, x);
+      } else if (warp >= 2) {
+        if (warp == 2 && clears) clean(a, x);
+        if (warp == 3) move_bias(a, x);
+        if (kStays && !a.yields) finish(a, x);
+      }
     } else {
       reg_inc<kConsumerRegs>();
       u32 it = 0;
 #pragma unroll 1
       for (u32 k = 0; k == 0 || kStays; k++) {
+        if (kKStages == 1 && k > 0) release_keys(x, k - 1);
         const int i = item(x, k);
         if (i < 0) break;
-        compute(mdk, mdv, a, x, tile_of(a, x, i, k), i, wg - 1, k, it);
+        compute(mdk, mdv, a, x, tile_of(a, x, i, k), wg - 1, k, it);
       }
       if (it > 0) bar_sync(kBarDqFree + wg - 1, 160);
       if ((threadIdx.x & 127) == 0) bulk_wait<0>();
@@ -128,8 +133,15 @@ struct Backward {
 
   // Its number, once its K is there; -1 at the end.
   static DI int item(const Layout& x, u32 k) {
-    mb_wait(x.k_full + 8 * (k & 1), k / 2 & 1);
-    return __shfl_sync(~0u, load_int(x.item + 4 * (k & 1)), 0);
+    mb_wait(x.k_full + 8 * (k % kKStages), k / kKStages & 1);
+    return __shfl_sync(~0u, load_int(x.item + 4 * (k % kKStages)), 0);
+  }
+
+  // By a warpgroup, whose stores of that key tile have read what is about to be overwritten.
+  static DI void release_keys(const Layout& x, u32 k) {
+    if ((threadIdx.x & 127) != 0) return;
+    bulk_wait_read<0>();
+    mb_arrive(x.k_empty + 8 * (k % kKStages));
   }
 
   static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
@@ -141,14 +153,14 @@ struct Backward {
       const int i = atomicAdd(a.ticket, 1);
       return kCuts ? i + max(i - a.cut.whole, 0) : i;
     };
-    const int items = kSpan ? *a.key_tiles * a.p.g : a.cut.whole + 2 * a.cut.ranges;
+    const int items = kSpan ? *a.key_tiles * a.p.g : a.cut.items;
     int i = take();
 #pragma unroll 1
     for (u32 k = 0; k == 0 || kStays; k++) {
-      const u32 full = x.k_full + 8 * (k & 1);
-      mb_wait(x.k_empty + 8 * (k & 1), ~(k / 2) & 1);
+      const u32 full = x.k_full + 8 * (k % kKStages);
+      mb_wait(x.k_empty + 8 * (k % kKStages), ~(k / kKStages) & 1);
       const bool end = i >= items || (k > 0 && (a.yields || !kStays));
-      store_int(x.item + 4 * (k & 1), end ? -1 : i);
+      store_int(x.item + 4 * (k % kKStages), end ? -1 : i);
       if (end) {
         mb_arrive(full);
         return;
@@ -159,22 +171,27 @@ struct Backward {
       else
         tile = key_tile<Backward>(a, i);
       mb_expect(full, kKBytes);
-      Producer::load_keys(mk, a.p, x.k + (k & 1) * kKBytes, tile, full);
+      Producer::load_keys(mk, a.p, x.k + (k % kKStages) * kKBytes, tile, full);
       Walk at(tile);
       u32 left = tile.steps();
       // V after the queries of the first step, since the last key tile frees it later.
-      auto step = [&] {
-        const Tile here = now<true>(a, tile);
-        Producer::load_queries(mq, mdo, a, x, here, at, it);
-        left--, it++, at.next(here);
-      };
-      if (left) step();
-      mb_wait(x.v_empty, ~k & 1);
-      mb_expect(x.v_full, kKBytes);
-      Producer::load_keys(mv, a.p, x.v, tile, x.v_full);
 #pragma unroll 1
-      while (left) step();
+      for (bool first = true; first || left; first = false) {
+        if (left) {
+          const Tile here = now<true>(a, tile);
+          Producer::load_queries(mq, mdo, a, x, here, at, it);
+          left--, it++, at.next(here);
+        }
+        if (first) {
+          mb_wait(x.v_empty, ~k & 1);
+          mb_expect(x.v_full, kKBytes);
+          Producer::load_keys(mv, a.p, x.v,
+                              kLean ? tile_of(a, x, load_int(x.item), k) : now<true>(a, tile),
+                              x.v_full);
+        }
+      }
       if (kStays && !a.yields) {
+        if (kLean) i = load_int(x.item);
         const int first = i - a.cut.whole;  // of a range
         if (kCuts && first >= 0 && first % 2 == 0 && Piece(a.cut, i + 1).some())
           i++;
@@ -191,7 +208,7 @@ struct Backward {
       const int i = item(x, k);
       if (i < 0) return;
       const Tile tile = tile_of(a, x, i, k);
-      if ((threadIdx.x & 31) == 0) mb_arrive(x.k_empty + 8 * (k & 1));
+      if ((threadIdx.x & 31) == 0) mb_arrive(x.k_empty + 8 * (k % kKStages));
       Producer::clean_queries(x, tile, it, raw);
     }
   }
@@ -269,10 +286,10 @@ struct Backward {
   }
 
   static DI void add_tile(const BackwardArgs& a, const Layout& x, const Tile& tile, u32 k) {
-    const bool elect = (threadIdx.x & 31) == 0, ordered = a.deterministic;
-    const int row = tile.b(a.p) * a.p.h * (a.rows / 64) + tile.padded(a.p) / 64;
+    const bool elect = (threadIdx.x & 31) == 0, ordered = kMask && a.deterministic;
+    const int padded = tile.padded(a.p) / 64;
     auto entry = [&](const Walk& at) {  // of `visits`
-      return row + at.h * (a.rows / 64) + at.m * (M / 64);
+      return padded + at.h * (a.rows / 64) + at.m * (M / 64);
     };
     auto begin = [&](const Walk& at) {
       return elect ? atomicAdd(a.visits + entry(at), Visits::to_begin()) : 0;
@@ -290,6 +307,7 @@ struct Backward {
         add_relaxed(a.visits + oldest, Visits::to_be_done());
     };
     Walk at(tile);
+    at.h += tile.b(a.p) * a.p.h;  // of all heads
     u32 left = tile.steps();
     Visits visits{left ? begin(at) : 0};  // before this one; asked for a step ahead
 #pragma unroll 1
@@ -310,7 +328,7 @@ struct Backward {
       for (int w = 0; w < 2; w++) {
         bar_sync(kBarDqFull + w, 160);
         if (elect) {
-          float* to = a.acc + 64ll * here * D + w * (M * D / 2);
+          float* to = a.acc + (64ll * here + M % 64 * at.m) * D + w * (M * D / 2);
           if (first)
             bulk_store(to, x.dq + w * (M * D * 2), M * D * 2);
           else
@@ -333,7 +351,7 @@ struct Backward {
       __syncwarp();
       bar_arrive(kBarDqFree + 1, 160);
     }
-    if (elect) mb_arrive(x.k_empty + 8 * (k & 1));
+    if (elect) mb_arrive(x.k_empty + 8 * (k % kKStages));
     if (pending) bulk_wait<0>(), publish();
   }
 
@@ -353,7 +371,7 @@ struct Backward {
       u = __shfl_sync(~0u, u, 0);
       const int i = blockIdx.x + u / kParts * gridDim.x;
       if (i >= all * tiles) break;
-      const int group = a.group * ratio, section = i / (group * tiles),
+      const int group = kMask ? a.group * ratio : 1, section = i / (group * tiles),
                 r = i - section * group * tiles;
       const int heads = min(group, all - section * group);
       const int m = r / heads, head = section * group + r % heads;
@@ -367,15 +385,20 @@ struct Backward {
       int visits = 0;
       if ((threadIdx.x & 31) == 0)
         for (;;) {
-          const Visits now{load_acquire(a.visits + z.padded / 64)};
+          const Visits now{load_acquire(a.visits + z.visits<M>())};
           visits = now.all();
           if (now.done() == visits) break;
           __nanosleep(500);
         }
       if (__shfl_sync(~0u, visits, 0) == 0) continue;
-      convert_dq<F16, D, M, kByRows>(a, a.acc + z.padded * D, kSpan ? head : head - z.b * h,
-                                     z.b * s + z.begin + z.first, z.length - z.first,
-                                     u % kParts * kGroups, (u % kParts + 1) * kGroups, 1);
+      const float* from = a.acc + z.padded * D;
+      const int to = kSpan ? head : head - z.b * h, begin = z.b * s + z.begin + z.first,
+                rows = z.length - z.first, part = u % kParts;
+      if constexpr (kTransposed)
+        convert_dq_transposed<F16, D, M>(a, from, to, begin, rows, part);
+      else
+        convert_dq<F16, D, M, kByRows>(a, from, to, begin, rows, part * kGroups,
+                                       (part + 1) * kGroups, 1);
     }
   }
 
@@ -415,14 +438,14 @@ struct Backward {
   }
 
   static DI void compute(const TMap& mdk, const TMap& mdv, const BackwardArgs& a, const Layout& x,
-                         const Tile& tile, int i, int cw, u32 k, u32& it) {
+                         const Tile& tile, int cw, u32 k, u32& it) {
     const Problem& p = a.p;
     const int tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
     const bool elect = tid == 0;
     float dk[D / 2], dv[D / 2];
 #pragma unroll
     for (int i = 0; i < D / 2; i++) dk[i] = 0.f, dv[i] = 0.f;
-    const u32 keys = x.k + (k & 1) * kKBytes;
+    const u32 keys = x.k + k % kKStages * kKBytes;
     // Descriptors: A operands of the own 64 keys, B operands K-major, and MN-major.
     const u32 a_k = desc_lo(keys + cw * 8192, 16), a_v = desc_lo(x.v + cw * 8192, 16);
     const u32 b_q = desc_lo(x.q, 16), b_o = desc_lo(x.o, 16);
@@ -446,10 +469,7 @@ struct Backward {
     const u32 steps = tile.steps();
     Walk at(tile);
     // The stores of the last key tile have read what is about to be overwritten.
-    if (elect) {
-      bulk_wait_read<0>();
-      if (k > 0) mb_arrive(x.k_empty + 8 * (~k & 1));
-    }
+    if (kKStages > 1 && k > 0) release_keys(x, k - 1);
     bar_sync(kBarStore + cw, 128);
     mb_wait(x.v_full, k & 1);
 #pragma unroll 1
@@ -466,6 +486,11 @@ struct Backward {
           of_key[1] = score.bias_at(score.bias, key + 8);
         }
       }
+      auto pack_p = [&] {
+#pragma unroll
+        for (int i = 0; i < M / 4; i++) pp[i] = pack<F16>(st[2 * i], st[2 * i + 1]);
+      };
+      constexpr bool kLate = M == 80;  // registers do not suffice for P in 16 bits beside S and dP
       mb_wait(x.q_full + 8 * s, ph);
       pin(st);
       wg_fence();
@@ -567,13 +592,13 @@ struct Backward {
             st[i] = ex2(st[i] * sl2 - l0), st[i + 1] = ex2(st[i + 1] * sl2 - l1);
           }
         }
-#pragma unroll
-        for (int i = 0; i < M / 4; i++) pp[i] = pack<F16>(st[2 * i], st[2 * i + 1]);
+        if (!kLate) pack_p();
       }
       if constexpr (kScore) issue_dp();
       wg_wait<0>();
       pin(dp);
       if (left == 1 && elect) mb_arrive(x.v_empty);
+      float (&to)[M / 2] = *(kLate ? &dp : &st);  // of dS; late, P is still wanted
 #pragma unroll
       for (int j = 0; j < M / 8; j++) {  // dS = P * (dP - delta)
         float l0, l1;
@@ -581,23 +606,24 @@ struct Backward {
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
           const int i = 4 * j + 2 * hh;
-          st[i] *= dp[i] - l0, st[i + 1] *= dp[i + 1] - l1;
-          ds[i / 2] = pack<F16>(st[i], st[i + 1]);
+          to[i] = st[i] * (dp[i] - l0), to[i + 1] = st[i + 1] * (dp[i + 1] - l1);
+          ds[i / 2] = pack<F16>(to[i], to[i + 1]);
           if constexpr (kTile == 4) {
             if (a.bias.by != BiasArgs::kNone) {
-              const u32 to = to_bias32 + it % kTileStages * kTileBytes;
-              store_float((to ^ (32 * hh)) + j * 1024, st[i]);
-              store_float((to ^ (32 * hh + 16)) + j * 1024 + 128, st[i + 1]);
+              const u32 at = to_bias32 + it % kTileStages * kTileBytes;
+              store_float((at ^ (32 * hh)) + j * 1024, to[i]);
+              store_float((at ^ (32 * hh + 16)) + j * 1024 + 128, to[i + 1]);
             }
           }
         }
       }
+      if (kLate) pack_p();
       // dS to shared memory. Two buffers, so that the one barrier below also protects the reuse.
 #pragma unroll
       for (int k = 0; k < M / 16; k++)
         stmatrix4_trans(to_ds + s * kDsBytes + k * 2048, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2],
                         ds[4 * k + 3]);
-      if constexpr (kBias) BiasGradient<F16>(p, a.bias, tile.b(p), tile.n(p), h).add_rows(st, key);
+      if constexpr (kBias) BiasGradient<F16>(p, a.bias, tile.b(p), tile.n(p), h).add_rows(to, key);
       pin(dv);
       wg_fence();
 #pragma unroll
@@ -614,7 +640,10 @@ struct Backward {
       for (int k = 0; k < N / 16; k++) {  // dQ = dS K
         const u64 da = desc(a_ds + ((s * kDsBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4));
         const u64 db = desc(t_k + ((k * 2048) >> 4));
-        Wgmma<kByRows ? D : D / 2, F16>::template ss<0, 1>(dq, da, db, k > 0);
+        if constexpr (kTransposed)
+          Wgmma<M, F16>::template ss<1, 0>(dq, db, da, k > 0);  // dQ' = K' dS'
+        else
+          Wgmma<kByRows ? D : D / 2, F16>::template ss<0, 1>(dq, da, db, k > 0);
       }
       wg_commit();
       pin(dk);
@@ -641,13 +670,14 @@ struct Backward {
       if (elect) mb_arrive(x.q_empty + 8 * s);
     }
     if constexpr (kCuts) {
-      if (!gather(a, i, cw, tid, dk, dv)) return;
+      if (!gather(a, item(x, k), cw, tid, dk, dv)) return;
     }
     // Once nobody reads them any more, dV goes to the buffers of dS, and dK over K. The store clips
     // ragged rows and columns.
     bar_sync(kBarEnd, kDsReaders);
     if (steps == 0 && elect) mb_arrive(x.v_empty);
-    const int row = warp * 16 + (lane & 15);
+    int row = warp * 16 + (lane & 15);
+    asm volatile("" : "+r"(row));  // or what follows from it is kept through all tiles
     const u32 to_dv = x.ds + cw * M * 128, to_dk = keys + cw * 8192;
     put_rows<F16>(dv, to_dv, kDsBytes, row, 1.f);
     put_rows<F16>(dk, to_dk, N * 128, row, p.scale);

@@ -55,10 +55,10 @@ static __global__ void __launch_bounds__(256)
     }
   }
   const int r0 = x.first, first = threadIdx.x & ~31;
-  const bool begins = K::kSpan ? blockIdx.z == 0 : r0 % M == 0 && r0 < k.rows;  // a tile
+  const int m = K::kSpan ? r0 / M : (r0 + M - 1) / M;  // the tile that begins here, if one does
+  const bool begins = K::kSpan ? blockIdx.z == 0 : m * M < min(r0 + 64, k.rows);
   int visits = x.none ? 0 : 1;
   if constexpr (K::kCounts) {
-    const int m = r0 / M;
     visits = 0;
     if constexpr (K::kSpan) {
       const long long tile = (x.padded - r0) / 64 - (bh - x.b) * (k.rows / 64);
@@ -80,9 +80,11 @@ static __global__ void __launch_bounds__(256)
     for (int i = threadIdx.x; i < rows * D / 4; i += 256) acc[i] = make_float4(0, 0, 0, 0);
   }
   if (threadIdx.x == 0 && begins && !x.none)
-    k.visits[x.padded / 64] = Visits::initial(K::kCounts ? visits : 0);
+    k.visits[K::kSpan ? x.padded / 64 : bh * (k.rows / 64) + m * (M / 64)] =
+        Visits::initial(K::kCounts ? visits : 0);
+  const int clear = K::kSpan ? r0 : m * M, clears = K::kSpan ? 64 : begins ? M : 0;
   if (visits == 0)
-    for (int s = r0 + first / 32; s < min(r0 + 64, x.length); s += 8)
+    for (int s = clear + first / 32; s < min(clear + clears, x.length); s += 8)
       for (int i = (threadIdx.x & 31) * 8; i < k.d; i += 256)
         *(uint4*)(k.dq + (((long long)x.b * p.s + x.begin + s) * p.h + h) * k.d + i) =
             make_uint4(0, 0, 0, 0);
@@ -104,9 +106,13 @@ static __global__ void __launch_bounds__(256) backward_convert(const BackwardArg
     const int b = blockIdx.z, first = blockIdx.x * M;
     x = {b, 0, first, p.s, ((long long)b * p.h + h) * a.rows + first, false};
   }
-  if (K::kCounts && Visits{a.visits[x.padded / 64]}.all() == 0) return;
-  convert_dq<F16, D, M, K::kByRows>(a, a.acc + x.padded * D, h, x.b * p.s + x.begin + x.first,
-                                    x.length - x.first, warp, M * D / 512, 8);
+  if (K::kCounts && Visits{a.visits[x.visits<M>()]}.all() == 0) return;
+  const float* from = a.acc + x.padded * D;
+  const int begin = x.b * p.s + x.begin + x.first, rows = x.length - x.first;
+  if constexpr (!K::kTransposed)
+    convert_dq<F16, D, M, K::kByRows>(a, from, h, begin, rows, warp, M * D / 512, 8);
+  else if (warp < 4)
+    convert_dq_transposed<F16, D, M>(a, from, h, begin, rows, warp);
 }
 
 // dsinks: a block for each element, over the batch entries that share it. A sink takes exp(sink -

@@ -18,7 +18,8 @@ struct WideBackward {
   static constexpr bool kMask = kOptions & kBackwardMasks, kSpan = kOptions & kBackwardSpans,
                         kScore = kOptions & kBackwardScores, kBias = kOptions & kBackwardBias;
   using Tile = KeyTile<kSpan>;
-  static constexpr bool kByRows = false, kCounts = false, kStays = false, kCuts = false;
+  static constexpr bool kByRows = false, kCounts = false, kStays = false, kCuts = false,
+                        kTransposed = false;
   static constexpr int kConsumerRegs = 240, kProducerRegs = 24;
   static constexpr int kOwn = N / 2;  // keys whose scores a warpgroup computes
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kPBytes = M * N * 2;

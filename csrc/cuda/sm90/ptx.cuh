@@ -312,6 +312,13 @@ DI void clear_rows(u32 tile, int rows, int r0, u32 dead) {
           0.f, 0.f, 0.f);
 }
 
+// A matrix of 8 x 8, of which a lane has two neighbours of row lane / 4.
+DI u32 transpose_matrix(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // Lane q of a quad has x[k], k < 4; it gets what lane k had as x[q].
 DI void transpose_quad(u32 (&x)[4], int q) {
   const bool odd = q & 1, high = q & 2;
