@@ -49,6 +49,12 @@ def _cases():
     yield case("one-long", "a head in all blocks at a time", b=1, t=20000, lengths=(19999,))
     yield case("one-long-4", "the same with a mask", b=1, t=20000, lengths=(19001,), s=4, causal=True)
     yield case(
+        "one-short", "clusters of which most CTAs have no tile", b=3, t=20000, lengths=(5, 130, 0), s=2, causal=True
+    )
+    yield case(
+        "few-ragged", "clusters that end within heads", b=3, t=9000, lengths=(9000, 333, 4097), g=4, s=4, causal=True
+    )
+    yield case(
         "many-sequences", "more sequences than the prefix sum has entries", b=600, t=64, lengths=(0, 5, 64) * 200
     )
     lengths = tuple(int(x) for x in np.random.default_rng(0).integers(2000, 3001, 120))

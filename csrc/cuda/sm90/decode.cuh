@@ -32,13 +32,18 @@ cudaError_t launch_blocks(const FwdParams& p, const cuda::Device& device, cudaSt
   auto bound = [](int64_t x) { return static_cast<int>(x < 0 ? -1 : x > 1 << 29 ? 1 << 29 : x); };
   a.left = bound(p.window_left), a.right = bound(p.window_right);
   a.bucket = static_cast<int>(up(p.b, 32));
+  a.queries = a.most_q = bound(p.s), a.most_k = bound(p.t);
+  if (p.max_seqlen_q >= 0 && p.max_seqlen_q < p.s) a.most_q = bound(p.max_seqlen_q);
+  if (p.max_seqlen_k >= 0 && p.max_seqlen_k < p.t) a.most_k = bound(p.max_seqlen_k);
+  a.by_blocks = Divider(a.blocks), a.by_heads = Divider(a.heads);
+  a.by_block_heads = Divider(a.block_heads), a.by_head_blocks = Divider(a.head_blocks);
   const int64_t splits = p.num_splits < tiles ? p.num_splits : tiles;
   a.splits = static_cast<int>(splits < 0 ? 0 : splits);
 
   // Partial results: two slots for each cluster, or one for each part that was asked for.
   const int64_t rows = kCluster * a.rows(), slot = rows * (E + 1) * 4;
   const int64_t most = p.b * heads * (tiles > a.splits ? tiles : a.splits);
-  if (most > INT32_MAX || p.t >= 1 << 29) return cudaErrorInvalidConfiguration;
+  if (most > INT32_MAX || p.t >= 1 << 29 || p.s >= 1 << 29) return cudaErrorInvalidConfiguration;
   int64_t shares = K::kCtas * (device.sms / kCluster), owners = p.b * heads, slots = most;
   if (a.splits) {
     slots = p.b * heads * a.splits;
@@ -50,6 +55,9 @@ cudaError_t launch_blocks(const FwdParams& p, const cuda::Device& device, cudaSt
     if (shares > most) shares = most > 0 ? most : 1;
     if (shares < 1) return cudaErrorInvalidValue;
     a.by_head = owners < shares;
+    for (int parts = 1; parts <= (a.by_head ? 4 : 1); ++parts)
+      if (parts == 1 || p.b * heads * parts <= 2 * shares)
+        a.rounds[parts - 1] = static_cast<int>(up(p.b * heads * parts, shares));
     if (!a.by_head) owners = shares;
     slots = 2 * shares;
   }
@@ -86,17 +94,21 @@ template <DType kType, int D, int N>
 cudaError_t launch_decode(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   constexpr bool kF16 = kType == DType::kF16;
   if (p.b * p.s * p.h == 0) return cudaSuccess;
-  const bool one = p.s * (p.h / p.g) <= 64;
+  const int64_t rows = p.s * (p.h / p.g);
   if constexpr (D > 256) {
-    if (one)
+    if (rows <= 64)
       return launch_blocks<kType, Latent<kF16, 1>>(p, device, stream, latent_kernel<kF16, 1>);
     return launch_blocks<kType, Latent<kF16, 2>>(p, device, stream, latent_kernel<kF16, 2>);
   } else {
-    if (one)
-      return launch_blocks<kType, Decode<kF16, D, 64, N>>(p, device, stream,
-                                                          decode_kernel<kF16, D, 64, N>);
-    return launch_blocks<kType, Decode<kF16, D, 128, N>>(p, device, stream,
-                                                         decode_kernel<kF16, D, 128, N>);
+    const auto launch = [&](auto m) {
+      constexpr int M = decltype(m)::value;
+      return launch_blocks<kType, Decode<kF16, D, M, N>>(p, device, stream,
+                                                         decode_kernel<kF16, D, M, N>);
+    };
+    if (rows <= 8) return launch(std::integral_constant<int, 8>());
+    if (rows <= 16) return launch(std::integral_constant<int, 16>());
+    if (rows <= 64) return launch(std::integral_constant<int, 64>());
+    return launch(std::integral_constant<int, 128>());
   }
 }
 

@@ -3,7 +3,7 @@
 // an equal share; heads that were shared are put together by a second kernel. Pipeline, barriers
 // and what was tried: docs/kernels/sm90-decode.md.
 #pragma once
-#include "decode_list.cuh"
+#include "decode_narrow.cuh"
 #include "wgmma.cuh"
 
 namespace flashjax::sm90 {
@@ -11,25 +11,30 @@ namespace flashjax::sm90 {
 template <bool F16, int D, int M, int N>
 struct Decode {
   static constexpr int kRows = M, kCluster = 1, kTileKeys = N, kBox = N;  // as in Latent
-  static constexpr int E = D, kGroups = M / 64, kThreads = 128 * (kGroups + 1);
-  static constexpr int kChunks = D / 64, kTile = N * D * 2, kQBytes = M * D * 2;
-  static constexpr bool kQInRegs = D <= 128;
+  static constexpr int E = D, kTile = N * D * 2, kQBytes = M * D * 2, kChunks = D / 64;
+  // Up to 16 rows are multiplied by warps (decode_narrow.cuh), more by warpgroups, of 64 rows each.
+  static constexpr bool kNarrow = M <= 16;
+  static constexpr int kGroups = kNarrow ? 0 : M / 64, kWarps = kNarrow ? 4 : 4 * kGroups;
+  static constexpr int kHelpers = kNarrow ? 32 : 96;  // threads beside the producer warp
+  static constexpr int kThreads = 32 + kHelpers + 32 * kWarps;
+  static constexpr bool kQInRegs = kNarrow || D <= 128;
   static constexpr bool kAhead = kGroups == 2;                    // many rows: arithmetic counts
   static constexpr int kCtas = D <= 128 && kGroups == 1 ? 2 : 1;  // an SM
-  static constexpr int kSlots = kCtas == 2 ? 4
-                                : (224 * 1024 - kQBytes) / kTile < 8
-                                    ? (224 * 1024 - kQBytes) / kTile
-                                    : 8;  // tiles of k or v on their way
+  // Where narrow warps put together what they have: O of 8 rows, and two numbers of each row.
+  static constexpr int kPitch = E + 4;
+  static constexpr int kMeet = kNarrow ? kWarps * (8 * kPitch * 4 + M * 8) : 0;
+  static constexpr int kFit = (224 * 1024 - kQBytes - kMeet) / kTile;
+  static constexpr int kSlots = kCtas == 2 ? 4 : kFit < 8 ? kFit : 8;  // tiles on their way
   using Work = List<N>;
   static constexpr int kSmem =
-      1024 + kQBytes + kSlots * kTile + 16 + 20 * kSlots + 3 * (int)sizeof(Piece);
+      1024 + kQBytes + kMeet + kSlots * kTile + 16 + 20 * kSlots + 3 * (int)sizeof(Piece);
 
   struct Layout {  // shared memory from an aligned base
-    u32 q, ring, q_full, q_empty, full, empty, odd, piece;
+    u32 q, ring, meet, q_full, q_empty, full, empty, odd, piece;
     DI explicit Layout(u32 base) {
-      q = base, ring = q + kQBytes, q_full = ring + kSlots * kTile, q_empty = q_full + 8;
-      full = q_empty + 8, empty = full + 8 * kSlots, odd = empty + 8 * kSlots;
-      piece = odd + 4 * kSlots;
+      q = base, ring = q + kQBytes, meet = ring + kSlots * kTile, q_full = meet + kMeet;
+      q_empty = q_full + 8, full = q_empty + 8, empty = full + 8 * kSlots;
+      odd = empty + 8 * kSlots, piece = odd + 4 * kSlots;
     }
   };
   struct Turn {  // a place in the ring
@@ -44,34 +49,36 @@ struct Decode {
     const u32 raw = smem_u32(smem_raw);
     const Layout x((raw + 1023) & ~1023u);
     Piece* shared = (Piece*)(smem_raw + (x.piece - raw));
-    const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
+    const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
     if (threadIdx.x == 0) {
       prefetch_map(&mq), prefetch_map(&mk), prefetch_map(&mv);
-      mb_init(x.q_full, 1), mb_init(x.q_empty, 4 * kGroups);
+      mb_init(x.q_full, 1), mb_init(x.q_empty, kWarps);
       for (int i = 0; i < kSlots; i++)
-        mb_init(x.full + 8 * i, 1), mb_init(x.empty + 8 * i, kGroups);
+        mb_init(x.full + 8 * i, 1), mb_init(x.empty + 8 * i, kNarrow ? kWarps : kGroups);
       mb_init_fence();
       fence_async();
     }
     __syncthreads();
     pdl_wait();  // what came before has written the operands, and no longer reads the workspace
     pdl_launch();
-    if (wg == 0) {
-      if constexpr (kThreads * kCtas > 256) reg_dec<64>();
-      if (threadIdx.x < 32)
+    if (warp < 1 + kHelpers / 32) {
+      if constexpr (kThreads * kCtas > 256 && !kNarrow) reg_dec<64>();
+      if (warp == 0)
         produce(mq, mk, mv, a, x, shared);
       else
-        Work::without_keys(a);
+        Work::without_keys(a, kHelpers);
+    } else if constexpr (kNarrow) {
+      Narrow<Decode, F16>::consume(a, warp - 2, x, shared + 1);
     } else {
       if constexpr (kThreads * kCtas > 256) reg_inc<kCtas == 2 ? 192 : 216>();
-      consume(a, wg - 1, x, shared + 1);
+      consume(a, warp / 4 - 1, x, shared + 1);
     }
   }
 
   // One warp. A lane brings a box of keys, or several.
   static DI void produce(const TMap& mq, const TMap& mk, const TMap& mv, const DecodeArgs& a,
                          const Layout& x, Piece* shared) {
-    const int lane = threadIdx.x & 31, boxes = N / a.pages.box;
+    const int lane = threadIdx.x & 31, boxes = N >> (__ffs(a.pages.box) - 1);
     const u64 hint = a.blocks == 1 ? kEvictFirst : kEvictNormal;
     Piece& piece = shared[0];
     Turn turn;
@@ -88,7 +95,7 @@ struct Decode {
         tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, row.h, row.i, piece.b, kEvictFirst);
     };
     Work::walk(a, piece, [&]() {
-      const int hk = piece.head / a.blocks, b = piece.b, n1 = piece.n1;
+      const int hk = a.by_blocks(piece.head), b = piece.b, n1 = piece.n1;
       const int begin = piece.keys.begin, end = piece.keys.end;
       auto look = [&](int n, int box) -> Place {  // where a box of tile n is; -2: nothing of use
         const int key = n * N + box * a.pages.box;
@@ -121,9 +128,7 @@ struct Decode {
           };
           mb_wait(x.empty + 8 * turn.slot, turn.phase ^ 1);
           if (lane == 0) {
-            if (v == 0)
-              asm volatile("st.shared.s32 [%0], %1;" ::"r"(x.odd + 4 * turn.slot), "r"((int)odd)
-                           : "memory");
+            if (v == 0) store_int(x.odd + 4 * turn.slot, odd);
             mb_expect(full, live * a.pages.box * D * 2);
           }
           __syncwarp();

@@ -65,7 +65,7 @@ struct Latent {
       if (threadIdx.x < 32)
         produce(mq, mk, a, x, shared);
       else
-        Work::without_keys(a);
+        Work::without_keys(a, 96);
     } else {
       reg_inc<216>();
       if (wg == 1)

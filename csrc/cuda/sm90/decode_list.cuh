@@ -3,6 +3,7 @@
 #pragma once
 #include "../../attention/sequence.h"
 #include "pages.cuh"
+#include "problem.cuh"
 
 namespace flashjax::sm90 {
 
@@ -21,14 +22,18 @@ struct DecodeArgs {
   // A block of queries is `block_heads` query heads of a key head by `block_queries` queries, heads
   // innermost. `cluster` CTAs work on as many blocks of a key head together.
   int block_heads, block_queries, cluster;
-  int head_blocks, blocks;  // blocks of a query; of a key head, those of a cluster counted once
-  int heads;                // g * blocks: what the list calls a head
-  int ratio;                // h / g
-  int bucket;               // sequences whose tiles a lane sums
-  int splits;               // parts of every head; 0: equal shares of the list
-  bool by_head;             // heads are fewer than CTAs
-  int team;                 // groups of threads that put one row together: 1, or all of a block
-  int left, right;          // the window; -1: unbounded. At most 2^29
+  int head_blocks, blocks;      // blocks of a query; of a key head, those of a cluster counted once
+  int heads;                    // g * blocks: what the list calls a head
+  int ratio;                    // h / g
+  int bucket;                   // sequences whose tiles a lane sums
+  int queries, most_q, most_k;  // s, and what a sequence has at most
+  // With k + 1 parts of each head: the most that a CTA gets; 0: they are too many.
+  int rounds[4];
+  Divider by_blocks, by_block_heads, by_head_blocks, by_heads;
+  int splits;       // parts of every head; 0: equal shares of the list
+  bool by_head;     // heads are fewer than CTAs
+  int team;         // groups of threads that put one row together: 1, or all of a block
+  int left, right;  // the window; -1: unbounded. At most 2^29
   // Workspace, with r = cluster * block_heads * block_queries rows:
   Joint* joints;    // if splits == 0: [b, heads] where by_head, else [grid], by the first CTA
   float* part_lse;  // [slots, r], base 2
@@ -42,9 +47,9 @@ struct Row {
   bool live;
 };
 DI Row row_of(const DecodeArgs& a, int head, int r, int rank = 0) {
-  const int hk = head / a.blocks, block = (head - hk * a.blocks) * a.cluster + rank;
-  const int q = r / a.block_heads;
-  const int qb = block / a.head_blocks, hb = block - qb * a.head_blocks;
+  const int hk = a.by_blocks(head), block = (head - hk * a.blocks) * a.cluster + rank;
+  const int q = a.by_block_heads(r);
+  const int qb = a.by_head_blocks(block), hb = block - qb * a.head_blocks;
   const int x = hb * a.block_heads + r - q * a.block_heads;
   const int i = qb * a.block_queries + q;
   return {i, hk * a.ratio + x, q < a.block_queries && i < a.p.s && x < a.ratio};
@@ -56,17 +61,34 @@ struct Keys {
   int begin, end, first, tiles, clear_begin, clear_end;
   int base, count, q_len, diagonal;  // keys of the sequence: base to base + count; as in sequence.h
   DI Keys() {}
-  DI Keys(const DecodeArgs& a, int b, int n) {
-    flashjax::Problem p = a.p;
-    p.cu_seqlens_q = p.cu_seqlens_k = nullptr;  // one sequence a row
-    const Sequence z = sequence(p, b, 0);
-    const Range some = visible_keys(p, z, 0, z.q_len), all = common_keys(p, z, 0, z.q_len);
-    base = (int)z.k_begin, count = (int)z.k_len, q_len = (int)z.q_len;
-    diagonal = (int)flashjax::clamp(z.diagonal, -(1 << 30), 1 << 30);
-    begin = base + (int)some.begin, end = base + (int)some.end;
-    first = begin / n, tiles = q_len > 0 && end > begin ? (end + n - 1) / n - first : 0;
-    clear_begin = (base + (int)all.begin + n - 1) / n;
-    clear_end = q_len < a.p.s ? 0 : (base + (int)all.end) / n;
+  // As in sequence.h, in 32 bits: the way to the first keys is part of every call.
+  DI Keys(const DecodeArgs& a, int b, u32 n) {
+    const flashjax::Problem& p = a.p;
+    const int used_q = p.seqused_q ? p.seqused_q[b] : a.most_q;
+    const int used_k = p.seqused_k ? p.seqused_k[b] : a.most_k;
+    const int pad = p.leftpad ? p.leftpad[b] : 0, entry = p.batch_idx ? p.batch_idx[b] : 0;
+    const int shift = p.shift ? p.shift[b] : 0;
+    auto limit = [](int y, int most) { return max(0, min(y, most)); };
+    q_len = limit(used_q, a.most_q), count = limit(used_k, a.most_k);
+    base = limit(pad, count), count -= base;
+    if ((u32)entry >= (u32)a.pages.count && p.batch_idx) count = 0;
+    constexpr int kFar = 1 << 30;
+    diagonal = (p.top_left ? 0 : count - q_len) + max(-kFar, min(shift, kFar));
+    diagonal = max(-kFar, min(diagonal, kFar));
+    // What some query sees, and what all do.
+    int some_begin = 0, all_begin = 0, some_end = count, all_end = count;
+    if (a.left >= 0) {
+      some_begin = limit(diagonal - a.left, count);
+      all_begin = limit(q_len - 1 + diagonal - a.left, count);
+    }
+    if (a.right >= 0) {
+      some_end = limit(q_len + diagonal + a.right, count);
+      all_end = limit(1 + diagonal + a.right, count);
+    }
+    begin = base + some_begin, end = base + max(some_begin, some_end);
+    first = (u32)begin / n, tiles = q_len > 0 && end > begin ? (u32)(end + n - 1) / n - first : 0;
+    clear_begin = (u32)(base + all_begin + n - 1) / n;
+    clear_end = q_len < a.queries ? 0 : (u32)(base + max(all_begin, all_end)) / n;
   }
   // Those that query i sees.
   DI void seen(const DecodeArgs& a, int i, int& from, int& to) const {
@@ -141,78 +163,81 @@ struct List {
       all = __shfl_sync(~0u, before, 31), shares = min(ctas, all);  // no share is empty
       // Heads as a whole, or a few parts of each, where that is nearly as even: less to put
       // together.
-      const int items = n * a.heads;
-#pragma unroll 1
-      for (int parts = a.by_head ? 4 : 1; parts; parts--) {
-        const int rounds = (items * parts + ctas - 1) / ctas;
-        const long long load = (long long)rounds * ((most + parts - 1) / parts);
-        const bool fits = parts == 1 || items * parts <= 2 * ctas;
-        if (fits && load * shares * 25 <= all * 26ll) splits = parts;
-      }
+#pragma unroll
+      for (int parts = 4; parts; parts--)
+        if (a.rounds[parts - 1] &&
+            (long long)a.rounds[parts - 1] * ((u32)(most + parts - 1) / parts) * shares * 25 <=
+                all * 26ll)
+          splits = parts;
     }
-    if (splits) {
-      const int items = n * a.heads * splits;
-      x.b = -1;
+    // Both ways are one loop, for f() is long.
+    const int items = splits * n * a.heads;
+    int item = cta, b = -1, tiles = 0, t = 0, t1 = 0, at = 0, each = 0, more = 0;
+    if (!splits) {
+      if (cta >= shares) return;
+      before -= sum;
+      // The first `more` shares have a tile more than the others.
+      each = (u32)all / (u32)shares, more = all - each * shares;
+      t = cta * each + min(cta, more), t1 = t + each + (cta < more);
+      const int bucket = __popc(__ballot_sync(~0u, before <= t)) - 1;  // the last that begins by t
+      at = __shfl_sync(~0u, before, bucket);  // where sequence b + 1 begins
+      b = bucket * a.bucket - 1;
+    }
 #pragma unroll 1
-      for (int item = cta; item < items; item += ctas) {
+    while (splits ? item < items : t < t1) {
+      if (splits) {
+        const int head = splits == 1 ? item : (u32)item / (u32)splits, part = item - head * splits;
+        const int last = b;
+        b = a.by_heads(head);
         __syncwarp();
-        const int at = item / splits, part = item - at * splits, b = at / a.heads;
-        if (b != x.b) x.keys = Keys(a, x.b = b, N);
-        const int tiles = x.keys.tiles, parts = min(splits, tiles);
+        if (b != last) x.keys = Keys(a, b, N), x.b = b;
+        __syncwarp();
+        tiles = x.keys.tiles;
+        const int parts = min(splits, tiles), slot = item;
+        item += ctas;
         if (part >= parts) continue;
-        x.head = at - b * a.heads;
-        x.n0 = x.keys.first + (int)((long long)part * tiles / parts);
-        x.n1 = x.keys.first + (int)((long long)(part + 1) * tiles / parts);
-        x.slot = parts == 1 ? -1 : item;
-        if (part == 0 && a.by_head) a.joints[at] = {at, item, item + 1, parts};
-        f();
-      }
-      return;
-    }
-    if (cta >= shares) return;
-    before -= sum;
-    // The first `more` shares have a tile more than the others.
-    const int each = all / shares, more = all - each * shares;
-    int t = cta * each + min(cta, more);
-    const int t1 = t + each + (cta < more);
-    const int bucket = __popc(__ballot_sync(~0u, before <= t)) - 1;  // the last that begins by t
-    int at = __shfl_sync(~0u, before, bucket);                       // where sequence b + 1 begins
-    int b = bucket * a.bucket - 1, tiles = 0;
-#pragma unroll 1
-    while (t < t1) {
-      if (t >= at) {
+        const int some = parts == 1 ? tiles : (u32)tiles / (u32)parts, rest = tiles - some * parts;
+        x.head = head - b * a.heads, x.n0 = x.keys.first + part * some + min(part, rest);
+        x.n1 = x.n0 + some + (part < rest);
+        x.slot = parts == 1 ? -1 : slot;
+        if (part == 0 && a.by_head) a.joints[head] = {head, slot, slot + 1, parts};
+      } else {
         __syncwarp();
-        x.keys = Keys(a, x.b = ++b, N);
-        tiles = x.keys.tiles, at += tiles * a.heads;
-        continue;
-      }
-      __syncwarp();
-      const int left = at - t, heads = (left + tiles - 1) / tiles;  // in tiles, in heads
-      const int n0 = heads * tiles - left, n1 = min(tiles, n0 + t1 - t);
-      x.head = a.heads - heads, x.n0 = x.keys.first + n0, x.n1 = x.keys.first + n1;
-      x.slot = n1 - n0 == tiles ? -1 : n0 ? cta : ctas + cta;
-      if (n0 == 0 && (n1 < tiles || a.by_head)) {  // as far as the CTA that has the last tile
-        const int end = t + tiles - 1, grown = more * (each + 1);
-        const int last = end < grown ? end / (each + 1) : more + (end - grown) / each;
-        const int at_head = b * a.heads + x.head;
-        a.joints[a.by_head ? at_head : cta] = {at_head, ctas + cta, cta + 1, last - cta + 1};
+        if (t >= at) {
+          x.keys = Keys(a, ++b, N), x.b = b;
+          __syncwarp();
+          tiles = x.keys.tiles, at += tiles * a.heads;
+          continue;
+        }
+        const int left = at - t,
+                  heads = (u32)(left + tiles - 1) / (u32)tiles;  // in tiles, in heads
+        const int n0 = heads * tiles - left, n1 = min(tiles, n0 + t1 - t), head = a.heads - heads;
+        x.head = head, x.n0 = x.keys.first + n0, x.n1 = x.keys.first + n1;
+        x.slot = n1 - n0 == tiles ? -1 : n0 ? cta : ctas + cta;
+        if (n0 == 0 && (n1 < tiles || a.by_head)) {  // as far as the CTA that has the last tile
+          const int end = t + tiles - 1, grown = more * (each + 1);
+          const int last =
+              end < grown ? (u32)end / (u32)(each + 1) : more + (u32)(end - grown) / (u32)each;
+          const int at_head = b * a.heads + head;
+          a.joints[a.by_head ? at_head : cta] = {at_head, ctas + cta, cta + 1, last - cta + 1};
+        }
+        t += n1 - n0;
       }
       f();
-      t += n1 - n0;
     }
   }
 
   // The results of batch rows where no query sees a key, by the threads that have nothing to do.
-  static DI void without_keys(const DecodeArgs& a) {
+  static DI void without_keys(const DecodeArgs& a, int threads) {
     const int rows = (int)(a.p.s * a.p.h), pairs = (int)a.p.e / 2;
     for (int64_t b = blockIdx.x; b < a.p.b; b += gridDim.x) {
       if (Keys(a, (int)b, N).tiles) continue;
       if (a.by_head && !a.splits)
-        for (int i = threadIdx.x - 32; i < a.heads; i += 96)
+        for (int i = threadIdx.x - 32; i < a.heads; i += threads)
           a.joints[b * a.heads + i] = {0, 0, 0, 0};
-      for (int64_t i = threadIdx.x - 32; i < (int64_t)rows * pairs; i += 96)
+      for (int64_t i = threadIdx.x - 32; i < (int64_t)rows * pairs; i += threads)
         a.out[b * rows * pairs + i] = 0;
-      for (int i = threadIdx.x - 32; i < rows; i += 96)
+      for (int i = threadIdx.x - 32; i < rows; i += threads)
         a.lse[b * rows + i] = a.p.sinks ? sink(a, (int)b, i / (int)a.p.s) : -infinity();
     }
   }
@@ -286,6 +311,7 @@ __global__ void __launch_bounds__(128) combine_kernel(const __grid_constant__ De
   __shared__ float4 outs[kGroups][kLanes];
   const int x = threadIdx.x % kLanes, group = threadIdx.x / kLanes, team = a.team;
   const int r = blockIdx.y * (kGroups / team) + group / team, rows = a.cluster * a.rows();
+  pdl_launch();
   pdl_wait();
   Joint joint;
   if (a.splits) {

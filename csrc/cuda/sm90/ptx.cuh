@@ -183,6 +183,34 @@ DI bool elect_one() {
   asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.s32 %0, 1, 0, p;}" : "=r"(x));
   return x;
 }
+
+// ---- the product of a warp: D (16 x 8, f32) += A (16 x 16) B (16 x 8), all in registers. With
+// r = lane / 4 and c = 2 (lane % 4): a thread has rows r and r + 8 and columns c, c + 1 of D; of A
+// the pairs of columns (r, c), (r + 8, c), (r, c + 8), (r + 8, c + 8); of B the pairs of rows c and
+// c + 8 of column r.
+template <bool F16>
+DI void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  if constexpr (F16)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// The transpose of an 8 x 8 matrix of 16-bit elements, of which a thread has (lane / 4, 2 (lane %
+// 4)) and its neighbour.
+DI u32 transpose(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // ---- barriers and registers
 DI void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 DI u64 load_acquire(const u64* p) {
@@ -272,6 +300,12 @@ DI void store_float(u32 p, float x) {
 }
 DI void load_shared2(float& a, float& b, u32 p) {
   asm volatile("ld.shared.v2.f32 {%0,%1},[%2];" : "=f"(a), "=f"(b) : "r"(p));
+}
+DI void load_shared4(float (&x)[4], u32 p) {
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3},[%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "r"(p)
+               : "memory");
 }
 DI int load_int(u32 p) {
   int x;
