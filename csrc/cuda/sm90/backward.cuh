@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "backward_kernel.cuh"
+#include "backward_lone.cuh"
 #include "backward_passes.cuh"
 #include "backward_wide_kernel.cuh"
 #include "host.h"
@@ -93,6 +94,10 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   const int64_t query_tiles = kSpan ? plan_tiles(p, shapes[1]) : (p.s + M - 1) / M;
   const int64_t blocks = (kSpan ? plan_tiles(p, shapes[0]) : nblocks * p.b) * p.g;
   if (heads == 0) return cudaSuccess;
+  // Rows of one length, too, if there are enough of them that a plan is worth it.
+  if constexpr (D <= 128 && K::kMask && !kScore)
+    if (has_lone_tiles(p) && (kSpan || p.b * p.g >= 2 * device.sms))
+      return launch_lone_backward<kType, D>(p, device, near, chunk, stream);
   if (blocks > INT32_MAX || query_tiles > INT32_MAX || heads * rows > INT32_MAX || p.s >= 1 << 29 ||
       p.t >= 1 << 27 || p.h > 65535 || p.b > 65535)
     return cudaErrorInvalidConfiguration;
