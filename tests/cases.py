@@ -65,6 +65,7 @@ class Case:
     cu_k: tuple[int, ...] | None = None  # None: the caller leaves cu_seqlens_k out
     used_q: tuple[int, ...] | None = None
     used_k: tuple[int, ...] | None = None
+    promised: bool = False  # the caller gives max_seqlen_q and max_seqlen_k, as always with a bias
     # cached
     lengths: tuple[int, ...] | int | None = None
     new: int = 0  # keys appended to each sequence
@@ -98,7 +99,7 @@ class Case:
 
     @property
     def longest(self) -> tuple[int, int]:
-        """The extents of a bias in s and t."""
+        """The extents of a bias in s and t, and the lengths that are promised."""
         if self.layout != "packed":
             return self.s, self.t
         return max(np.diff(self.cu_q), default=0), max(np.diff(self.cu_k or self.cu_q), default=0)
@@ -263,7 +264,7 @@ class Case:
             if value is not None:
                 arrays[name] = np.asarray(value, np.int32)
         options = self._options()
-        if self.bias is not None:
+        if self.bias is not None or self.promised:
             longest = self.longest
             options |= {"max_seqlen_q": int(longest[0]), "max_seqlen_k": int(longest[1])}
         return Inputs({**arrays, **self._score_arrays(random)}, options)

@@ -57,13 +57,15 @@ def _case(seed: int) -> Case:
     )
 
 
-def _short(name: str, **options) -> Case:
-    """Lengths around one tile of keys, in any mixture with those of the queries."""
+def _short(name: str, longest: int = 200, **options) -> Case:
+    """Lengths around one tile of keys, in any mixture with those of the queries; `longest`: of keys."""
     random = np.random.default_rng(len(name))
     lengths = (0, 1, 63, 64, 65, 127, 128, 129, 200) if ON_GPU else (0, 1, 7, 30)
-    cu_q, cu_k = (_offsets(random, random.choice(lengths, 24), False) for _ in "qk")
+    of_keys = [x for x in lengths if x <= longest]
+    cu_q, cu_k = (_offsets(random, random.choice(some, 24), False) for some in (lengths, of_keys))
     sizes = {"b": 1, "s": cu_q[-1], "t": cu_k[-1], "h": 12, "g": 6, "d": 64 if ON_GPU else 16}
     sizes |= {"dtype": "bfloat16" if ON_GPU else "float32", "layout": "packed", "cu_q": cu_q, "cu_k": cu_k}
+    sizes |= {"promised": longest <= 128}
     return Case(f"short-{name}", "sequences of one key tile beside others", **(sizes | options))
 
 
@@ -79,6 +81,10 @@ CASES += [
         "softcap": {"d": 64, "softcap": 5.0},
         "wide": {"d": 256, "causal": True},
         "odd": {"d": 72, "window": (70, 0)},
+        "one-tile": {"longest": 128},
+        "one-tile-causal": {"longest": 128, "d": 128, "causal": True},
+        "one-tile-window": {"longest": 128, "d": 128, "window": (70, 3), "dtype": "float16" if ON_GPU else "float32"},
+        "one-tile-odd": {"longest": 128, "d": 72, "window": (20, 0)},
     }.items()
 ]
 ROWS = {"layout": "dense", "b": 70 if ON_GPU else 3, "s": 150, "t": 100, "h": 8, "g": 4, "cu_q": None, "cu_k": None}
@@ -138,9 +144,11 @@ def test_deterministic(options):
     ids=["back", "twice", "outside", "falling"],
 )
 @pytest.mark.parametrize("keys", ["alike", "good"])
-def test_bad_offsets(offsets, keys, compiled):
+@pytest.mark.parametrize("longest", [500, 125])
+def test_bad_offsets(offsets, keys, longest, compiled):
     """Offsets that fall, or lie outside of the row, give a result without NaN, and the same each time."""
-    case = Case("bad", "", layout="packed", b=1, s=500, t=500, h=2, g=1, d=64, dtype="bfloat16", cu_q=(0, 500))
+    sizes = {"b": 1, "s": 500, "t": 500, "h": 2, "g": 1, "d": 64, "cu_q": tuple(range(0, 501, longest))}
+    case = Case("bad", "", layout="packed", dtype="bfloat16", promised=longest < 500, **sizes)
     inputs = case.build()
     arrays = inputs.arrays | {"cu_seqlens_q": np.asarray(offsets, np.int64).astype(np.int32)}
     if keys == "good":
