@@ -522,6 +522,13 @@ def _dense():
     yield Case("alibi-top-left", "the distance follows the alignment", alibi="h", s=29, t=67, alignment="top_left")
     yield Case("alibi-bfloat16", "slopes stay float32", alibi="b h", s=70, t=130, window=(90, 0), dtype="bfloat16")
 
+    # Head dims that would leave columns of a wide kernel's boxes empty.
+    for d, e in ((128, 64), (256, 80), (160, 160)):
+        more = {"d": d, "e": e, "dtype": "bfloat16", "causal": True}
+        yield Case(f"alibi-dims-{d}-{e}", "scores that are bent, in narrow values", alibi="h", s=70, t=70, **more)
+        sizes = {"b": 1, "s": 200, "t": 200, "cu_q": (0, 90, 170)}
+        yield Case(f"packed-dims-{d}-{e}", "sequences with narrow values", layout="packed", **sizes, **more)
+
     yield Case("sinks", "the denominator only", sinks="normal")
     yield Case(
         "sinks-causal-bfloat16", "sinks of a decoder", sinks="normal", causal=True, dtype="bfloat16", d=64, s=129, t=129
