@@ -366,6 +366,7 @@ def test_a_transfer_waits_for_the_hop_before_the_one_beside_it(random):
     assert sent == [set(), {0}, {0, 1}]
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its XLA holds the keys of all hops")
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 def test_memory_does_not_grow_with_the_ring(monkeypatch, kind):
     """Twice as many devices, each with as much: of hops that are done, no keys are left, and few results."""
