@@ -264,8 +264,8 @@ def flash_mha_with_kvcache(
       rotary_cos: (positions, r / 2), r <= d: rotates the first r features of the new keys at their cache positions, and
         of the queries (at cache_seqlens + i if causal or windowed, else all at cache_seqlens).
       rotary_sin: likewise.
-      num_splits: into how many parts the keys are split; 0 lets the kernel choose. Of results it moves the rounding alone,
-        and kernels for many queries, which need no parts to keep a GPU busy, make one.
+      num_splits: into how many parts the keys are split; 0 lets the kernel choose. Of results it moves the rounding
+        alone; kernels for many queries, which need no parts to keep a GPU busy, make one.
       return_softmax_lse: also return the log-sum-exp, float32 (b, h, s).
       value_dim: the values are the first so many features of the keys, as in absorbed latent attention: e. There is one
         cache then, `k_cache`, and `v_cache` and `v` are None. Among GPUs d > 512 needs a Hopper one when the program
