@@ -19,6 +19,7 @@ def built_for(archs: str, row: tuple, tmp_path) -> tuple[list[str], str]:
     """What nvcc is asked for, and what the dispatcher is told."""
     script = tmp_path / "script.cmake"
     script.write_text(
+        "cmake_minimum_required(VERSION 3.16...4.4)\n"  # as CMakeLists.txt has it: without, old meanings of if() hold
         f'set(FLASHJAX_CUDA_ARCHS "{archs}")\n'
         f'include("{FOLDER.as_posix()}/cmake/archs.cmake")\n'
         f"flashjax_gencode(gencode held {' '.join(map(str, row))})\n"
