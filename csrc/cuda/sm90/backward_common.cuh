@@ -324,6 +324,18 @@ struct BackwardProducer {
   }
 };
 
+// Chunks of 64 columns of dK and dV to memory, from `first` on; the store clips ragged rows and
+// columns. A chunk is `k_chunk` and `v_chunk` bytes from the next.
+template <int kCount>
+DI void store_keys(const TMap& mdk, const TMap& mdv, u32 dk, int k_chunk, u32 dv, int v_chunk,
+                   int first, int row, int head, int box) {
+#pragma unroll
+  for (int c = first; c < first + kCount; c++) {
+    tma_store(&mdv, dv + c * v_chunk, c * 64, row, head, box);
+    tma_store(&mdk, dk + c * k_chunk, c * 64, row, head, box);
+  }
+}
+
 // ---- A warpgroup's accumulator of 64 rows: a thread has the columns c, c + 1, c + 8, c + 9, ...
 // of two rows 8 apart, `half` 0 and 1.
 

@@ -6,14 +6,16 @@
 //   dV += P' dO and dK += dS' Q; dS also goes to shared memory, as queries x keys, for dQ = dS K.
 // Pipeline, barriers, registers and shared memory: docs/kernels/sm90-backward.md.
 #pragma once
-#include "backward_common.cuh"
+#include "backward_products.cuh"
 
 namespace flashjax::sm90 {
 
 template <bool F16, int D, int M, int N, int kOptions>
 struct Backward {
   using Producer = BackwardProducer<Backward>;
-  static constexpr int kM = M, kN = N, kStages = 2, kChunks = D / 64, kThreads = 384,
+  using Products = BackwardProducts<Backward>;
+  static constexpr bool kF16 = F16;
+  static constexpr int kD = D, kM = M, kN = N, kStages = 2, kChunks = D / 64, kThreads = 384,
                        kStoreRows = 64;
   static constexpr int kConsumerRegs = D == 128 && ((kOptions & kBackwardScores) || M == 80) ? 240
                                        : kOptions & kBackwardScores                          ? 224
@@ -446,19 +448,9 @@ struct Backward {
 #pragma unroll
     for (int i = 0; i < D / 2; i++) dk[i] = 0.f, dv[i] = 0.f;
     const u32 keys = x.k + k % kKStages * kKBytes;
-    // Descriptors: A operands of the own 64 keys, B operands K-major, and MN-major.
-    const u32 a_k = desc_lo(keys + cw * 8192, 16), a_v = desc_lo(x.v + cw * 8192, 16);
-    const u32 b_q = desc_lo(x.q, 16), b_o = desc_lo(x.o, 16);
-    const u32 t_q = desc_lo(x.q, M * 128), t_o = desc_lo(x.o, M * 128);
-    const u32 a_ds = desc_lo(x.ds + (kByRows ? cw * 8192 : 0), 16);
-    const u32 t_k = desc_lo(keys + (kByRows   ? 0
-                                    : D == 64 ? cw * 64
-                                              : cw * (kChunks / 2) * N * 128),
-                            N * 128);
-    // This lane's address for stmatrix.trans in a dS tile of queries x keys.
-    const int rr = (lane & 7) + ((lane >> 4) & 1) * 8, kc = warp * 2 + ((lane >> 3) & 1);
-    const u32 to_ds = x.ds + cw * M * 128 + rr * 128 + ((kc ^ (rr & 7)) << 4);
-    // And in one of float32, of which a box has 32 keys: queries 2 (lane % 4), key `key`.
+    const Products product(x, keys, cw, warp, lane);
+    // This lane's address in a tile of float32, of which a box has 32 keys: queries 2 (lane % 4),
+    // key `key`.
     const u32 to_bias32 = x.bias + (cw * 2 + warp / 2) * M * 128 + (lane & 3) * 256 +
                           (((warp & 1) * 4 + (lane >> 4)) ^ (2 * (lane & 3))) * 16 +
                           (lane >> 2 & 3) * 4;
@@ -492,24 +484,10 @@ struct Backward {
       };
       constexpr bool kLate = M == 80;  // registers do not suffice for P in 16 bits beside S and dP
       mb_wait(x.q_full + 8 * s, ph);
-      pin(st);
-      wg_fence();
-#pragma unroll
-      for (int k = 0; k < D / 16; k++)  // S' = K Q'
-        Wgmma<M, F16>::template ss<0, 0>(
-            st, desc(a_k + (((k / 4) * N * 128 + (k % 4) * 32) >> 4)),
-            desc(b_q + ((s * kQBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4)), k > 0);
-      wg_commit();
+      product.scores(st, s);
       auto issue_dp = [&]() {
         mb_wait(x.o_full + 8 * s, ph);
-        pin(dp);
-        wg_fence();
-#pragma unroll
-        for (int k = 0; k < D / 16; k++)  // dP' = V dO'
-          Wgmma<M, F16>::template ss<0, 0>(
-              dp, desc(a_v + (((k / 4) * N * 128 + (k % 4) * 32) >> 4)),
-              desc(b_o + ((s * kQBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4)), k > 0);
-        wg_commit();
+        product.weight_gradients(dp, s);
       };
       if constexpr (kScore) {  // branches follow, and ptxas serialises what is in flight across
                                // them
@@ -522,18 +500,7 @@ struct Backward {
       const u32 lse_at = x.lse + s * M * 4 + 8 * (lane & 3),
                 delta_at = x.delta + s * M * 4 + 8 * (lane & 3);
       if (tail || (kMask && tile.masked(m))) {
-        const int diagonal = tile.diagonal(p), k_len = tile.k_len(p), begin = tile.begin(p),
-                  end = tile.end(p);
-#pragma unroll
-        for (int hh = 0; hh < 2; hh++) {
-          const int kv = key + 8 * hh, first = m * M + 2 * (lane & 3);
-          int least = -1, most = 1 << 30;
-          if (kMask && p.right >= 0) least = kv - diagonal - p.right - first;
-          if (kMask && p.left >= 0) most = kv - diagonal + p.left - first;
-          if constexpr (kSpan) least = max(least, begin - first), most = min(most, end - 1 - first);
-          if (kv >= k_len) least = 1 << 30;
-          mask_row(st, hh, least, most);
-        }
+        Products::mask(st, p, tile, m, key);
         if (kSpan && tile.compare(p))
           mask_segments(st, tile.key_ids(p), key, tile.k_len(p), tile.query_ids(p), m * M,
                         tile.q_len(p));
@@ -542,7 +509,8 @@ struct Backward {
                                // of the cap
         const Scores<F16> score(p, tile.b(p), tile.n(p), h, tile.diagonal(p));
         if constexpr (kTile) mb_wait(x.bias_full + 8 * (it % kTileStages), it / kTileStages & 1);
-        [[maybe_unused]] const u32 bias16 = to_ds + (x.bias - x.ds) + it % kTileStages * kTileBytes;
+        [[maybe_unused]] const u32 bias16 =
+            product.to_ds + (x.bias - x.ds) + it % kTileStages * kTileBytes;
         [[maybe_unused]] const u32 bias32 = to_bias32 + it % kTileStages * kTileBytes;
         [[maybe_unused]] u32 pairs[4];
 #pragma unroll
@@ -582,16 +550,7 @@ struct Backward {
                                          // than there are
         }
       } else {
-#pragma unroll
-        for (int j = 0; j < M / 8; j++) {  // P = exp2(S * scale * log2(e) - lse2)
-          float l0, l1;
-          load_shared2(l0, l1, lse_at + 32 * j);
-#pragma unroll
-          for (int hh = 0; hh < 2; hh++) {
-            const int i = 4 * j + 2 * hh;
-            st[i] = ex2(st[i] * sl2 - l0), st[i + 1] = ex2(st[i + 1] * sl2 - l1);
-          }
-        }
+        Products::exponentials(st, lse_at, sl2);
         if (!kLate) pack_p();
       }
       if constexpr (kScore) issue_dp();
@@ -618,41 +577,14 @@ struct Backward {
         }
       }
       if (kLate) pack_p();
-      // dS to shared memory. Two buffers, so that the one barrier below also protects the reuse.
-#pragma unroll
-      for (int k = 0; k < M / 16; k++)
-        stmatrix4_trans(to_ds + s * kDsBytes + k * 2048, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2],
-                        ds[4 * k + 3]);
+      product.put(ds, s);
       if constexpr (kBias) BiasGradient<F16>(p, a.bias, tile.b(p), tile.n(p), h).add_rows(to, key);
-      pin(dv);
-      wg_fence();
-#pragma unroll
-      for (int k = 0; k < M / 16; k++)  // dV += P' dO
-        Wgmma<D, F16>::template rs<1>(dv, pp[4 * k], pp[4 * k + 1], pp[4 * k + 2], pp[4 * k + 3],
-                                      desc(t_o + ((s * kQBytes + k * 2048) >> 4)), 1);
-      wg_commit();
+      product.add_values(dv, pp, s);
       fence_async();
       bar_sync(kBarDs, kDsReaders);
       float dq[D * M / 256];
-      pin(dq);
-      wg_fence();
-#pragma unroll
-      for (int k = 0; k < N / 16; k++) {  // dQ = dS K
-        const u64 da = desc(a_ds + ((s * kDsBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4));
-        const u64 db = desc(t_k + ((k * 2048) >> 4));
-        if constexpr (kTransposed)
-          Wgmma<M, F16>::template ss<1, 0>(dq, db, da, k > 0);  // dQ' = K' dS'
-        else
-          Wgmma<kByRows ? D : D / 2, F16>::template ss<0, 1>(dq, da, db, k > 0);
-      }
-      wg_commit();
-      pin(dk);
-      wg_fence();
-#pragma unroll
-      for (int k = 0; k < M / 16; k++)  // dK += dS' Q
-        Wgmma<D, F16>::template rs<1>(dk, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3],
-                                      desc(t_q + ((s * kQBytes + k * 2048) >> 4)), 1);
-      wg_commit();
+      product.queries(dq, s);
+      product.add_keys(dk, ds, s);
       wg_wait<2>();
       pin(dv);
       if (elect) mb_arrive(x.o_empty + 8 * s);
@@ -672,26 +604,11 @@ struct Backward {
     if constexpr (kCuts) {
       if (!gather(a, item(x, k), cw, tid, dk, dv)) return;
     }
-    // Once nobody reads them any more, dV goes to the buffers of dS, and dK over K. The store clips
-    // ragged rows and columns.
     bar_sync(kBarEnd, kDsReaders);
     if (steps == 0 && elect) mb_arrive(x.v_empty);
     int row = warp * 16 + (lane & 15);
     asm volatile("" : "+r"(row));  // or what follows from it is kept through all tiles
-    const u32 to_dv = x.ds + cw * M * 128, to_dk = keys + cw * 8192;
-    put_rows<F16>(dv, to_dv, kDsBytes, row, 1.f);
-    put_rows<F16>(dk, to_dk, N * 128, row, p.scale);
-    fence_async();
-    const int to = tile.k_row(p, tile.first(p) + cw * 64), g = tile.head(p), box = tile.k_box(p);
-    bar_sync(kBarStore + cw, 128);  // from here on nobody reads the tile's Span
-    if (elect) {
-#pragma unroll
-      for (int c = 0; c < kChunks; c++) {
-        tma_store(&mdv, to_dv + c * kDsBytes, c * 64, to, g, box);
-        tma_store(&mdk, to_dk + c * N * 128, c * 64, to, g, box);
-      }
-      bulk_commit();
-    }
+    Products::store(mdk, mdv, dk, dv, p, x, tile, keys, cw, row, elect);
   }
 };
 

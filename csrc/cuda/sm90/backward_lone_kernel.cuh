@@ -3,7 +3,7 @@
 // tile: no statistics, no dQ in float32, no conversion. Tiles and warpgroups are those of
 // backward_kernel.cuh; warp 1 stores dq, and warp 2 also makes lse2 of lse.
 #pragma once
-#include "backward_common.cuh"
+#include "backward_products.cuh"
 
 namespace flashjax::sm90 {
 
@@ -14,14 +14,16 @@ struct LoneArgs : BackwardArgs {
 
 template <bool F16, int D>
 struct LoneBackward {
-  static constexpr int M = D == 64 ? 128 : 64, N = 128, kM = M, kN = N;
+  static constexpr bool kF16 = F16;
+  static constexpr int M = D == 64 ? 128 : 64, N = 128, kD = D, kM = M, kN = N;
   static constexpr int kStages = 2, kChunks = D / 64, kThreads = 384, kStoreRows = 64;
   static constexpr int kConsumerRegs = 232, kProducerRegs = 40;
   static constexpr bool kMask = true, kSpan = true, kScore = false, kCounts = false;
   using Producer = BackwardProducer<LoneBackward>;
+  using Products = BackwardProducts<LoneBackward>;
   using Tile = KeyTile<true>;
   // How dQ (M x D) is split over the two warpgroups: by rows, or by columns.
-  static constexpr bool kByRows = M == 128;
+  static constexpr bool kByRows = M == 128, kTransposed = false;
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kDsBytes = M * N * 2,
                        kDqBytes = M * D * 4;
   static constexpr int kSmem = 3 * kKBytes + 2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
@@ -275,18 +277,7 @@ struct LoneBackward {
 #pragma unroll
     for (int i = 0; i < D / 2; i++) dk[i] = 0.f, dv[i] = 0.f;
     const u32 keys = x.k + (k & 1) * kKBytes;
-    // Descriptors: A operands of the own 64 keys, B operands K-major, and MN-major.
-    const u32 a_k = desc_lo(keys + cw * 8192, 16), a_v = desc_lo(x.v + cw * 8192, 16);
-    const u32 b_q = desc_lo(x.q, 16), b_o = desc_lo(x.o, 16);
-    const u32 t_q = desc_lo(x.q, M * 128), t_o = desc_lo(x.o, M * 128);
-    const u32 a_ds = desc_lo(x.ds + (kByRows ? cw * 8192 : 0), 16);
-    const u32 t_k = desc_lo(keys + (kByRows   ? 0
-                                    : D == 64 ? cw * 64
-                                              : cw * (kChunks / 2) * N * 128),
-                            N * 128);
-    // This lane's address for stmatrix.trans in a dS tile of queries x keys.
-    const int rr = (lane & 7) + ((lane >> 4) & 1) * 8, kc = warp * 2 + ((lane >> 3) & 1);
-    const u32 to_ds = x.ds + cw * M * 128 + rr * 128 + ((kc ^ (rr & 7)) << 4);
+    const Products product(x, keys, cw, warp, lane);
     const int key =
         tile.first(p) + cw * 64 + warp * 16 + (lane >> 2);  // this thread's keys: key and key + 8
     const bool tail = tile.first(p) + N > tile.k_len(p);
@@ -307,51 +298,15 @@ struct LoneBackward {
       float st[M / 2], dp[M / 2];
       u32 pp[M / 4], ds[M / 4];
       mb_wait(x.q_full + 8 * s, ph);
-      pin(st);
-      wg_fence();
-#pragma unroll
-      for (int k = 0; k < D / 16; k++)  // S' = K Q'
-        Wgmma<M, F16>::template ss<0, 0>(
-            st, desc(a_k + (((k / 4) * N * 128 + (k % 4) * 32) >> 4)),
-            desc(b_q + ((s * kQBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4)), k > 0);
-      wg_commit();
+      product.scores(st, s);
       mb_wait(x.o_full + 8 * s, ph);
-      pin(dp);
-      wg_fence();
-#pragma unroll
-      for (int k = 0; k < D / 16; k++)  // dP' = V dO'
-        Wgmma<M, F16>::template ss<0, 0>(
-            dp, desc(a_v + (((k / 4) * N * 128 + (k % 4) * 32) >> 4)),
-            desc(b_o + ((s * kQBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4)), k > 0);
-      wg_commit();
+      product.weight_gradients(dp, s);
       wg_wait<1>();
       pin(st);
       const u32 lse_at = x.lse + s * M * 4 + 8 * (lane & 3),
                 delta_at = x.delta + s * M * 4 + 8 * (lane & 3);
-      if (tail || tile.masked(m)) {
-        const int diagonal = tile.diagonal(p), k_len = tile.k_len(p), begin = tile.begin(p),
-                  end = tile.end(p);
-#pragma unroll
-        for (int hh = 0; hh < 2; hh++) {
-          const int kv = key + 8 * hh, first = m * M + 2 * (lane & 3);
-          int least = -1, most = 1 << 30;
-          if (p.right >= 0) least = kv - diagonal - p.right - first;
-          if (p.left >= 0) most = kv - diagonal + p.left - first;
-          least = max(least, begin - first), most = min(most, end - 1 - first);
-          if (kv >= k_len) least = 1 << 30;
-          mask_row(st, hh, least, most);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < M / 8; j++) {  // P = exp2(S * scale * log2(e) - lse2)
-        float l0, l1;
-        load_shared2(l0, l1, lse_at + 32 * j);
-#pragma unroll
-        for (int hh = 0; hh < 2; hh++) {
-          const int i = 4 * j + 2 * hh;
-          st[i] = ex2(st[i] * sl2 - l0), st[i + 1] = ex2(st[i + 1] * sl2 - l1);
-        }
-      }
+      if (tail || tile.masked(m)) Products::mask(st, p, tile, m, key);
+      Products::exponentials(st, lse_at, sl2);
       wg_wait<0>();
       pin(dp);
       if (left == 1 && elect) mb_arrive(x.v_empty);
@@ -368,37 +323,13 @@ struct LoneBackward {
           ds[i / 2] = pack<F16>(st[i] * (dp[i] - l0), st[i + 1] * (dp[i + 1] - l1));
         }
       }
-      // dS to shared memory. Two buffers, so that the one barrier below also protects the reuse.
-#pragma unroll
-      for (int k = 0; k < M / 16; k++)
-        stmatrix4_trans(to_ds + s * kDsBytes + k * 2048, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2],
-                        ds[4 * k + 3]);
-      pin(dv);
-      wg_fence();
-#pragma unroll
-      for (int k = 0; k < M / 16; k++)  // dV += P' dO
-        Wgmma<D, F16>::template rs<1>(dv, pp[4 * k], pp[4 * k + 1], pp[4 * k + 2], pp[4 * k + 3],
-                                      desc(t_o + ((s * kQBytes + k * 2048) >> 4)), 1);
-      wg_commit();
+      product.put(ds, s);
+      product.add_values(dv, pp, s);
       fence_async();
       bar_sync(kBarDs, 256);
       float dq[D * M / 256];
-      pin(dq);
-      wg_fence();
-#pragma unroll
-      for (int k = 0; k < N / 16; k++) {  // dQ = dS K
-        const u64 da = desc(a_ds + ((s * kDsBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4));
-        const u64 db = desc(t_k + ((k * 2048) >> 4));
-        Wgmma<kByRows ? D : D / 2, F16>::template ss<0, 1>(dq, da, db, k > 0);
-      }
-      wg_commit();
-      pin(dk);
-      wg_fence();
-#pragma unroll
-      for (int k = 0; k < M / 16; k++)  // dK += dS' Q
-        Wgmma<D, F16>::template rs<1>(dk, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3],
-                                      desc(t_q + ((s * kQBytes + k * 2048) >> 4)), 1);
-      wg_commit();
+      product.queries(dq, s);
+      product.add_keys(dk, ds, s);
       wg_wait<2>();
       pin(dv);
       if (elect) mb_arrive(x.o_empty + 8 * s);
@@ -412,25 +343,9 @@ struct LoneBackward {
       pin(dk);
       if (elect) mb_arrive(x.q_empty + 8 * s);
     }
-    // Once nobody reads them any more, dV goes to the buffers of dS, and dK over K. The store clips
-    // ragged rows and columns.
     bar_sync(kBarEnd, 256);
     if (steps == 0 && elect) mb_arrive(x.v_empty);
-    const int row = warp * 16 + (lane & 15);
-    const u32 to_dv = x.ds + cw * M * 128, to_dk = keys + cw * 8192;
-    put_rows<F16>(dv, to_dv, kDsBytes, row, 1.f);
-    put_rows<F16>(dk, to_dk, N * 128, row, p.scale);
-    fence_async();
-    const int to = tile.k_row(p, tile.first(p) + cw * 64), g = tile.head(p), box = tile.k_box(p);
-    bar_sync(kBarStore + cw, 128);  // from here on nobody reads the tile's Span
-    if (elect) {
-#pragma unroll
-      for (int c = 0; c < kChunks; c++) {
-        tma_store(&mdv, to_dv + c * kDsBytes, c * 64, to, g, box);
-        tma_store(&mdk, to_dk + c * N * 128, c * 64, to, g, box);
-      }
-      bulk_commit();
-    }
+    Products::store(mdk, mdv, dk, dv, p, x, tile, keys, cw, warp * 16 + (lane & 15), elect);
   }
 };
 

@@ -374,11 +374,7 @@ struct WideBackward {
     bar_sync(kBarStore + cw, 128);
     const int row = tile.k_row(p, tile.first(p)), box = tile.k_box(p);
     if (elect) {
-#pragma unroll
-      for (int c = own; c < own + kChunks / 2; c++) {
-        tma_store(&mdv, x.v + c * N * 128, c * 64, row, tile.g, box);
-        tma_store(&mdk, x.k + c * N * 128, c * 64, row, tile.g, box);
-      }
+      store_keys<kChunks / 2>(mdk, mdv, x.k, N * 128, x.v, N * 128, own, row, tile.g, box);
       bulk_commit();
       bulk_wait<0>();
     }

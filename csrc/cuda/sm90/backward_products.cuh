@@ -1,0 +1,139 @@
+// A step of the backward by a warpgroup that owns 64 of N = 128 keys, in both kernels that are made
+// so (backward_kernel.cuh, backward_lone_kernel.cuh): its products, and what masks do to its
+// scores. Rows of an accumulator are keys, but for dQ. `s` is the stage of a step, K as in
+// backward_common.cuh.
+#pragma once
+#include "backward_common.cuh"
+
+namespace flashjax::sm90 {
+
+template <class K>
+struct BackwardProducts {
+  static constexpr int D = K::kD, M = K::kM, N = K::kN, kChunks = K::kChunks;
+  static constexpr bool F16 = K::kF16;
+  using Layout = typename K::Layout;
+  using Tile = KeyTile<K::kSpan>;
+
+  // Descriptors: A operands of the own 64 keys, B operands K-major, and MN-major.
+  u32 a_k, a_v, b_q, b_o, t_q, t_o, a_ds, t_k;
+  u32 to_ds;  // this lane's address for stmatrix.trans in a dS tile of queries x keys
+
+  DI BackwardProducts(const Layout& x, u32 keys, int cw, int warp, int lane) {
+    a_k = desc_lo(keys + cw * 8192, 16), a_v = desc_lo(x.v + cw * 8192, 16);
+    b_q = desc_lo(x.q, 16), b_o = desc_lo(x.o, 16);
+    t_q = desc_lo(x.q, M * 128), t_o = desc_lo(x.o, M * 128);
+    a_ds = desc_lo(x.ds + (K::kByRows ? cw * 8192 : 0), 16);
+    t_k = desc_lo(keys + (K::kByRows ? 0
+                          : D == 64  ? cw * 64
+                                     : cw * (kChunks / 2) * N * 128),
+                  N * 128);
+    const int row = (lane & 7) + ((lane >> 4) & 1) * 8, chunk = warp * 2 + ((lane >> 3) & 1);
+    to_ds = x.ds + cw * M * 128 + row * 128 + ((chunk ^ (row & 7)) << 4);
+  }
+
+  // S' = K Q'
+  DI void scores(float (&st)[M / 2], u32 s) const { keys_by_queries(st, a_k, b_q, s); }
+  // dP' = V dO'
+  DI void weight_gradients(float (&dp)[M / 2], u32 s) const { keys_by_queries(dp, a_v, b_o, s); }
+  // dV += P' dO
+  DI void add_values(float (&dv)[D / 2], const u32 (&p)[M / 4], u32 s) const {
+    add_by_keys(dv, p, t_o, s);
+  }
+  // dK += dS' Q
+  DI void add_keys(float (&dk)[D / 2], const u32 (&ds)[M / 4], u32 s) const {
+    add_by_keys(dk, ds, t_q, s);
+  }
+  // dQ = dS K, of which a warpgroup has some rows or columns
+  DI void queries(float (&dq)[D * M / 256], u32 s) const {
+    pin(dq);
+    wg_fence();
+#pragma unroll
+    for (int k = 0; k < N / 16; k++) {
+      const u64 da = desc(a_ds + ((s * K::kDsBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4));
+      const u64 db = desc(t_k + ((k * 2048) >> 4));
+      if constexpr (K::kTransposed)
+        Wgmma<M, F16>::template ss<1, 0>(dq, db, da, k > 0);  // dQ' = K' dS'
+      else
+        Wgmma<K::kByRows ? D : D / 2, F16>::template ss<0, 1>(dq, da, db, k > 0);
+    }
+    wg_commit();
+  }
+
+  // dS to shared memory. Two buffers, so that the one barrier that follows also protects the reuse.
+  DI void put(const u32 (&ds)[M / 4], u32 s) const {
+#pragma unroll
+    for (int k = 0; k < M / 16; k++)
+      stmatrix4_trans(to_ds + s * K::kDsBytes + k * 2048, ds[4 * k], ds[4 * k + 1], ds[4 * k + 2],
+                      ds[4 * k + 3]);
+  }
+
+  // Scores of queries that do not see this thread's keys, `key` and `key` + 8.
+  static DI void mask(float (&st)[M / 2], const Problem& p, const Tile& tile, int m, int key) {
+    const int diagonal = tile.diagonal(p), k_len = tile.k_len(p), begin = tile.begin(p),
+              end = tile.end(p);
+#pragma unroll
+    for (int hh = 0; hh < 2; hh++) {
+      const int kv = key + 8 * hh, first = m * M + 2 * (threadIdx.x & 3);
+      int least = -1, most = 1 << 30;
+      if (K::kMask && p.right >= 0) least = kv - diagonal - p.right - first;
+      if (K::kMask && p.left >= 0) most = kv - diagonal + p.left - first;
+      if constexpr (K::kSpan) least = max(least, begin - first), most = min(most, end - 1 - first);
+      if (kv >= k_len) least = 1 << 30;
+      mask_row(st, hh, least, most);
+    }
+  }
+
+  // P = exp2(S * scale * log2(e) - lse2)
+  static DI void exponentials(float (&st)[M / 2], u32 lse_at, float sl2) {
+#pragma unroll
+    for (int j = 0; j < M / 8; j++) {
+      float l0, l1;
+      load_shared2(l0, l1, lse_at + 32 * j);
+#pragma unroll
+      for (int hh = 0; hh < 2; hh++) {
+        const int i = 4 * j + 2 * hh;
+        st[i] = ex2(st[i] * sl2 - l0), st[i + 1] = ex2(st[i + 1] * sl2 - l1);
+      }
+    }
+  }
+
+  // To memory, once nobody reads those buffers any more: dV through the buffers of dS, and dK over
+  // K. This lane puts `row`. By a warpgroup, of which one thread is `elect`.
+  static DI void store(const TMap& mdk, const TMap& mdv, const float (&dk)[D / 2],
+                       const float (&dv)[D / 2], const Problem& p, const Layout& x,
+                       const Tile& tile, u32 keys, int cw, int row, bool elect) {
+    const u32 to_dv = x.ds + cw * M * 128, to_dk = keys + cw * 8192;
+    put_rows<F16>(dv, to_dv, K::kDsBytes, row, 1.f);
+    put_rows<F16>(dk, to_dk, N * 128, row, p.scale);
+    fence_async();
+    const int to = tile.k_row(p, tile.first(p) + cw * 64), g = tile.head(p), box = tile.k_box(p);
+    bar_sync(K::kBarStore + cw, 128);  // from here on nobody reads the tile's Span
+    if (elect) {
+      store_keys<kChunks>(mdk, mdv, to_dk, N * 128, to_dv, K::kDsBytes, 0, to, g, box);
+      bulk_commit();
+    }
+  }
+
+ private:
+  DI void keys_by_queries(float (&y)[M / 2], u32 a, u32 b, u32 s) const {
+    pin(y);
+    wg_fence();
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+      Wgmma<M, F16>::template ss<0, 0>(
+          y, desc(a + (((k / 4) * N * 128 + (k % 4) * 32) >> 4)),
+          desc(b + ((s * K::kQBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4)), k > 0);
+    wg_commit();
+  }
+  DI void add_by_keys(float (&y)[D / 2], const u32 (&a)[M / 4], u32 b, u32 s) const {
+    pin(y);
+    wg_fence();
+#pragma unroll
+    for (int k = 0; k < M / 16; k++)
+      Wgmma<D, F16>::template rs<1>(y, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3],
+                                    desc(b + ((s * K::kQBytes + k * 2048) >> 4)), 1);
+    wg_commit();
+  }
+};
+
+}  // namespace flashjax::sm90
