@@ -2,6 +2,7 @@
 // dsinks and dbias.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "backward_kernel.cuh"
 #include "backward_lone.cuh"
@@ -16,11 +17,10 @@ cudaError_t launch_backward_bias(const BwdParams&, cudaStream_t);  // csrc/cuda/
 
 namespace flashjax::sm90 {
 
-template <typename T, auto kFunction>
-struct Made {
-  using Type = T;
-  static constexpr auto kKernel = kFunction;
-};
+// Over 128 columns need another division of labour.
+template <bool F16, int D, int M, int N, int kOptions>
+using BackwardOf = std::conditional_t<(D > 128), WideBackward<F16, D, M, N, kOptions>,
+                                      Backward<F16, D, M, N, kOptions>>;
 
 // The key tiles of the last wave as ranges of steps, one for each multiprocessor, where that is
 // worth what a second piece of a tile costs; of at most `room` ranges, and 8 of a tile.
@@ -59,17 +59,8 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
                  kSpan = kScore || kVariant == cuda::Variant::kSequences;
   constexpr int kOptions = (kVariant != cuda::Variant::kFull ? kBackwardMasks : 0) |
                            (kSpan ? kBackwardSpans : 0) | (kScore ? kBackwardScores : 0);
-  // Over 128 columns need another division of labour.
-  constexpr auto choose = [](auto options) {
-    constexpr int kOptions = decltype(options)::value;
-    if constexpr (D > 128)
-      return Made<WideBackward<kF16, D, M, N, kOptions>,
-                  wide_backward_kernel<kF16, D, M, N, kOptions>>{};
-    else
-      return Made<Backward<kF16, D, M, N, kOptions>, backward_kernel<kF16, D, M, N, kOptions>>{};
-  };
-  using K = typename decltype(choose(std::integral_constant<int, kOptions>{}))::Type;
-  auto kernel = decltype(choose(std::integral_constant<int, kOptions>{}))::kKernel;
+  using K = BackwardOf<kF16, D, M, N, kOptions>;
+  auto kernel = backward_kernel<K>;
   int smem = K::kSmem;
   // Sequences begin at multiples of M where queries are padded.
   const int64_t rows = (p.s + 127) / 128 * 128 + (M % 64 ? 64 : 0) +
@@ -147,8 +138,8 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   bool dbias = false;
   if constexpr (kScore) {
     auto use = [&](auto options) {
-      using Chosen = decltype(choose(options));
-      kernel = Chosen::kKernel, smem = Chosen::Type::kSmem;
+      using Chosen = BackwardOf<kF16, D, M, N, decltype(options)::value>;
+      kernel = backward_kernel<Chosen>, smem = Chosen::kSmem;
     };
     const bool shared = dim[0] < p.b || dim[1] < p.n || dim[2] < p.h;
     const int64_t size = p.bias_dtype == DType::kF32 ? 4 : 2;

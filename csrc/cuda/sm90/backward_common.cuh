@@ -1,4 +1,4 @@
-// What the two kernels of the sm_90a backward share: their arguments, which tile a CTA owns, and
+// What the kernels of the sm_90a backward share: their arguments, which tile a CTA owns, and
 // what the producing warpgroup does. `K` is the kernel: its constants, and a Layout of shared
 // memory with the addresses of its tiles (stage i of kStages follows the first) and barriers.
 #pragma once
@@ -334,6 +334,15 @@ DI void store_keys(const TMap& mdk, const TMap& mdv, u32 dk, int k_chunk, u32 dv
     tma_store(&mdv, dv + c * v_chunk, c * 64, row, head, box);
     tma_store(&mdk, dk + c * k_chunk, c * 64, row, head, box);
   }
+}
+
+template <class K>
+static __global__ void __launch_bounds__(K::kThreads, 1)
+    backward_kernel(const __grid_constant__ TMap q, const __grid_constant__ TMap k,
+                    const __grid_constant__ TMap v, const __grid_constant__ TMap o,
+                    const __grid_constant__ TMap dk, const __grid_constant__ TMap dv,
+                    const __grid_constant__ typename K::Args a) {
+  K::run(q, k, v, o, dk, dv, a);
 }
 
 // ---- A warpgroup's accumulator of 64 rows: a thread has the columns c, c + 1, c + 8, c + 9, ...

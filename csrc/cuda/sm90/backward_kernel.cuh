@@ -12,6 +12,7 @@ namespace flashjax::sm90 {
 
 template <bool F16, int D, int M, int N, int kOptions>
 struct Backward {
+  using Args = BackwardArgs;
   using Producer = BackwardProducer<Backward>;
   using Products = BackwardProducts<Backward>;
   static constexpr bool kF16 = F16;
@@ -611,14 +612,5 @@ struct Backward {
     Products::store(mdk, mdv, dk, dv, p, x, tile, keys, cw, row, elect);
   }
 };
-
-template <bool F16, int D, int M, int N, int kOptions>
-static __global__ void __launch_bounds__(384, 1)
-    backward_kernel(const __grid_constant__ TMap q, const __grid_constant__ TMap k,
-                    const __grid_constant__ TMap v, const __grid_constant__ TMap o,
-                    const __grid_constant__ TMap dk, const __grid_constant__ TMap dv,
-                    const __grid_constant__ BackwardArgs a) {
-  Backward<F16, D, M, N, kOptions>::run(q, k, v, o, dk, dv, a);
-}
 
 }  // namespace flashjax::sm90

@@ -23,7 +23,7 @@ cudaError_t launch_lone_backward(const BwdParams& p, const cuda::Device& device,
   constexpr bool kF16 = kType == DType::kF16;
   using K = LoneBackward<kF16, D>;
   constexpr int M = K::M, N = K::N;
-  constexpr auto kernel = lone_backward_kernel<kF16, D>;
+  constexpr auto kernel = backward_kernel<K>;
   PlanShape shapes[2] = {{false, N, chunk, Order::kMostFirst, M},
                          {true, M, chunk, Order::kForwards, M}};
   // Sequences begin at multiples of M where queries are padded, which only the plan sees.

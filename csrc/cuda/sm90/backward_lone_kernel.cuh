@@ -14,6 +14,7 @@ struct LoneArgs : BackwardArgs {
 
 template <bool F16, int D>
 struct LoneBackward {
+  using Args = LoneArgs;
   static constexpr bool kF16 = F16;
   static constexpr int M = D == 64 ? 128 : 64, N = 128, kD = D, kM = M, kN = N;
   static constexpr int kStages = 2, kChunks = D / 64, kThreads = 384, kStoreRows = 64;
@@ -348,15 +349,6 @@ struct LoneBackward {
     Products::store(mdk, mdv, dk, dv, p, x, tile, keys, cw, warp * 16 + (lane & 15), elect);
   }
 };
-
-template <bool F16, int D>
-static __global__ void __launch_bounds__(384, 1)
-    lone_backward_kernel(const __grid_constant__ TMap q, const __grid_constant__ TMap k,
-                         const __grid_constant__ TMap v, const __grid_constant__ TMap o,
-                         const __grid_constant__ TMap dk, const __grid_constant__ TMap dv,
-                         const __grid_constant__ LoneArgs a) {
-  LoneBackward<F16, D>::run(q, k, v, o, dk, dv, a);
-}
 
 // dq of queries that no key tile meets, and of rows of no sequence, is 0; of all queries where
 // offsets fall, for then a sequence may lack its tile. Before the kernel; by blocks of 256 threads.

@@ -13,6 +13,7 @@ namespace flashjax::sm90 {
 
 template <bool F16, int D, int M, int N, int kOptions>
 struct WideBackward {
+  using Args = BackwardArgs;
   static constexpr int kM = M, kN = N, kStages = 1, kChunks = D / 64, kThreads = 384,
                        kStoreRows = N;
   static constexpr bool kMask = kOptions & kBackwardMasks, kSpan = kOptions & kBackwardSpans,
@@ -380,14 +381,5 @@ struct WideBackward {
     }
   }
 };
-
-template <bool F16, int D, int M, int N, int kOptions>
-static __global__ void __launch_bounds__(384, 1)
-    wide_backward_kernel(const __grid_constant__ TMap q, const __grid_constant__ TMap k,
-                         const __grid_constant__ TMap v, const __grid_constant__ TMap o,
-                         const __grid_constant__ TMap dk, const __grid_constant__ TMap dv,
-                         const __grid_constant__ BackwardArgs a) {
-  WideBackward<F16, D, M, N, kOptions>::run(q, k, v, o, dk, dv, a);
-}
 
 }  // namespace flashjax::sm90
