@@ -102,7 +102,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   a.p = problem(p);
   float* acc = static_cast<float*>(p.workspace);
   float *lse2 = acc + heads * rows * D, *delta = lse2 + heads * rows;
-  u64* visits = reinterpret_cast<u64*>(delta + heads * rows);
+  Visits* visits = reinterpret_cast<Visits*>(delta + heads * rows);
   int* ticket = reinterpret_cast<int*>(visits + heads * rows / 64);
   a.lse2 = lse2, a.delta = delta, a.acc = acc, a.rows = static_cast<int>(rows);
   a.visits = visits, a.ticket = ticket, a.yields = p.yields;

@@ -18,6 +18,15 @@ struct Cut {
   int steps, total;
 };
 
+// The key blocks that add to a tile of dQ. Whoever begins first stores, and the others add.
+struct Visits {
+  u32 state;  // kBegun, once one has begun, and kDone for each that is done
+  int all;
+  static constexpr u32 kBegun = 1, kDone = 2;
+  static DI bool begun(u32 state) { return state & kBegun; }
+  static DI int done(u32 state) { return state / kDone; }
+};
+
 struct BackwardArgs {
   Problem p;
   const float *lse2,
@@ -28,9 +37,9 @@ struct BackwardArgs {
   int ratio, query_blocks;  // query heads of a key head; tiles of M queries of a head
   int clean;    // some query of a visited tile may have seen nothing, and its dout may be NaN
   u32 stagger;  // 2^32 / nblocks: key blocks of a head begin at different queries; 0: they do not
-  u64* visits;  // [b * h, rows / 64], of the tile that begins there: see Visits
-  int* ticket;  // key tiles that were taken
-  int yields;   // transfers want to start beside the kernel: no CTA stays for a second key tile
+  Visits* visits;  // [b * h, rows / 64], of the tile that begins there
+  int* ticket;     // key tiles that were taken
+  int yields;      // transfers want to start beside the kernel: no CTA stays for a second key tile
   int deterministic;   // dQ is added in a fixed order, see visits_before; in rows of one length
   int reverse;         // the last key block of a head comes first
   unsigned short* dq;  // [b, s, h, d]
@@ -43,20 +52,6 @@ struct BackwardArgs {
   const int* changes;  // likewise, [b, rows / 64]: by how much visits of a tile of queries differ
                        // from those of the tile before it in its sequence
   BiasArgs bias;
-};
-
-// The key blocks that add to a tile of dQ: how many there are, have begun, and are done. Whoever
-// begins first stores, and the others add.
-struct Visits {
-  u64 word;
-  static constexpr int kBits = 21;
-  DI int part(int i) const { return (int)(word >> (i * kBits)) & ((1 << kBits) - 1); }
-  DI int begun() const { return part(0); }
-  DI int done() const { return part(1); }
-  DI int all() const { return part(2); }
-  static DI u64 to_begin() { return 1; }
-  static DI u64 to_be_done() { return (u64)1 << kBits; }
-  static DI u64 initial(int all) { return (u64)all << (2 * kBits); }
 };
 
 enum : int {

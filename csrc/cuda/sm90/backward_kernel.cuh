@@ -295,7 +295,7 @@ struct Backward {
       return padded + at.h * (a.rows / 64) + at.m * (M / 64);
     };
     auto begin = [&](const Walk& at) {
-      return elect ? atomicAdd(a.visits + entry(at), Visits::to_begin()) : 0;
+      return elect ? atomicOr(&a.visits[entry(at)].state, Visits::kBegun) : 0;
     };
     // Visits that are not known to be done, or not yet said to be, from entry `oldest` on; whether
     // the last of them stored, for which others wait. Several are said at a time: a release takes a
@@ -307,23 +307,24 @@ struct Backward {
       fence_gpu();
 #pragma unroll 1
       for (; pending; pending--, oldest += M / 64)
-        add_relaxed(a.visits + oldest, Visits::to_be_done());
+        add_relaxed(&a.visits[oldest].state, Visits::kDone);
     };
     Walk at(tile);
     at.h += tile.b(a.p) * a.p.h;  // of all heads
     u32 left = tile.steps();
-    Visits visits{left ? begin(at) : 0};  // before this one; asked for a step ahead
+    u32 state = left ? begin(at) : 0;  // before this visit; asked for a step ahead
 #pragma unroll 1
     while (left) {
       // Who comes first stores, the others wait for that; or for all that have their turn before.
       int before = ordered ? visits_before<Backward>(a, tile, at.m) : 0;
       const int here = entry(at);
       if (elect) {
-        if (!ordered) before = visits.begun() > 0;
-        if (ordered || visits.done() < before) visits.word = load_acquire(a.visits + here);
-        if (pending && (ordered || visits.done() < before))
+        const u32* word = &a.visits[here].state;
+        if (!ordered) before = Visits::begun(state);
+        if (ordered || Visits::done(state) < before) state = load_acquire(word);
+        if (pending && (ordered || Visits::done(state) < before))
           bulk_wait<0>(), publish();  // or two that wait could wait for each other
-        while (visits.done() < before) visits.word = load_acquire(a.visits + here);
+        while (Visits::done(state) < before) state = load_acquire(word);
         fence_async_global();
       }
       const bool first = before == 0;
@@ -346,7 +347,7 @@ struct Backward {
         pending++, stored = first;
       }
       at.next(now(a, tile));
-      if (--left) visits.word = begin(at);
+      if (--left) state = begin(at);
       if (elect) bulk_wait_read<1>();
       __syncwarp();
       bar_arrive(kBarDqFree, 160);
@@ -386,13 +387,11 @@ struct Backward {
         z = {head / h, 0, m * M, s, (long long)head * a.rows + m * M, false};
       }
       int visits = 0;
-      if ((threadIdx.x & 31) == 0)
-        for (;;) {
-          const Visits now{load_acquire(a.visits + z.visits<M>())};
-          visits = now.all();
-          if (now.done() == visits) break;
-          __nanosleep(500);
-        }
+      if ((threadIdx.x & 31) == 0) {
+        const Visits* of = a.visits + z.visits<M>();
+        visits = of->all;
+        while (Visits::done(load_acquire(&of->state)) < visits) __nanosleep(500);
+      }
       if (__shfl_sync(~0u, visits, 0) == 0) continue;
       const float* from = a.acc + z.padded * D;
       const int to = kSpan ? head : head - z.b * h, begin = z.b * s + z.begin + z.first,

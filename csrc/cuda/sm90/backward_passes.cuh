@@ -80,8 +80,7 @@ static __global__ void __launch_bounds__(256)
     for (int i = threadIdx.x; i < rows * D / 4; i += 256) acc[i] = make_float4(0, 0, 0, 0);
   }
   if (threadIdx.x == 0 && begins && !x.none)
-    k.visits[K::kSpan ? x.padded / 64 : bh * (k.rows / 64) + m * (M / 64)] =
-        Visits::initial(K::kCounts ? visits : 0);
+    k.visits[K::kSpan ? x.padded / 64 : bh * (k.rows / 64) + m * (M / 64)] = {0, visits};
   const int clear = K::kSpan ? r0 : m * M, clears = K::kSpan ? 64 : begins ? M : 0;
   if (visits == 0)
     for (int s = clear + first / 32; s < min(clear + clears, x.length); s += 8)
@@ -106,7 +105,7 @@ static __global__ void __launch_bounds__(256) backward_convert(const BackwardArg
     const int b = blockIdx.z, first = blockIdx.x * M;
     x = {b, 0, first, p.s, ((long long)b * p.h + h) * a.rows + first, false};
   }
-  if (K::kCounts && Visits{a.visits[x.visits<M>()]}.all() == 0) return;
+  if (K::kCounts && a.visits[x.visits<M>()].all == 0) return;
   const float* from = a.acc + x.padded * D;
   const int begin = x.b * p.s + x.begin + x.first, rows = x.length - x.first;
   if constexpr (!K::kTransposed)

@@ -111,13 +111,13 @@ struct WideBackward {
       if (ordered) {
         const int before = left > 0 ? visits_before<WideBackward>(a, tile, m) : 0;
         if (elect) {
-          while (left > 0 && Visits{load_acquire(a.visits + at)}.done() < before) {
+          while (left > 0 && Visits::done(load_acquire(&a.visits[at].state)) < before) {
           }
           if (i > 0) {  // the step before
             bulk_wait<0>();
             fence_async_global();
-            add_release(a.visits + at - (m > tile.blocks.begin ? 1 : gap(a, tile)),
-                        Visits::to_be_done());
+            add_release(&a.visits[at - (m > tile.blocks.begin ? 1 : gap(a, tile))].state,
+                        Visits::kDone);
           }
           fence_async_global();
         }

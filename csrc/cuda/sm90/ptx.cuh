@@ -213,9 +213,9 @@ DI u32 transpose(u32 x) {
 
 // ---- barriers and registers
 DI void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-DI u64 load_acquire(const u64* p) {
-  u64 x;
-  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+DI u32 load_acquire(const u32* p) {
+  u32 x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
 DI int load_acquire(const int* p) {
@@ -226,12 +226,12 @@ DI int load_acquire(const int* p) {
 DI void store_release(int* p, int x) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
-DI void add_release(u64* p, u64 x) {
-  asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+DI void add_release(u32* p, u32 x) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 DI void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-DI void add_relaxed(u64* p, u64 x) {
-  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+DI void add_relaxed(u32* p, u32 x) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 DI void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DI void bar_sync(int id, int n) {
