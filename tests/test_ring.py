@@ -525,6 +525,21 @@ def test_partly_manual(random):
     assert used(program.as_text()) == set(RING) | older
 
 
+@LAYOUTS
+@pytest.mark.parametrize("kind_of_mesh", ["auto", "explicit"])
+def test_reordered_arrays_stay_where_they_are(random, kind, kind_of_mesh):
+    """Of an array that is there: one program, whose result is spread as the array is."""
+    on, layout = mesh(kind_of_mesh), SequenceLayout(kind, 4)
+    x = random.normal(size=(2, 32, 3)).astype(np.float32)
+    placed = jax.device_put(x, NamedSharding(on, P("data", "seq")))
+    moved = layout.reorder(placed)
+    np.testing.assert_array_equal(moved, layout.reorder(x))
+    back = layout.restore(moved)
+    np.testing.assert_array_equal(back, x)
+    assert moved.sharding.is_equivalent_to(placed.sharding, 3)
+    assert back.sharding.is_equivalent_to(placed.sharding, 3)
+
+
 # Packed sequences.
 
 

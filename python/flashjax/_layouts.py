@@ -5,11 +5,13 @@ from the front and its mirror image from the back; striped deals positions out o
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 KINDS = ("contiguous", "zigzag", "striped")
 
@@ -89,19 +91,10 @@ class SequenceLayout:
         return self.is_natural or not x.shape[axis]
 
     def _chunks(self, x, axis, order):
-        axis %= x.ndim
-        size = x.shape[axis] // len(order)
-
-        def run(x):  # no indices: custom_partitioning takes no constant arrays
-            chunks = [x[(slice(None),) * axis + (slice(i * size, (i + 1) * size),)] for i in order.tolist()]
-            return (np if isinstance(x, np.ndarray) else jnp).concatenate(chunks, axis=axis)
-
-        return _untyped(run, x)
+        return _moved(_in_chunks, x, axis % x.ndim, tuple(order.tolist()))
 
     def _transposed(self, x, axis, shape):
-        axis %= x.ndim
-        shape = (*x.shape[:axis], *shape, *x.shape[axis + 1 :])
-        return _untyped(lambda x: x.reshape(shape).swapaxes(axis, axis + 1).reshape(x.shape), x)
+        return _moved(_by_transposing, x, axis % x.ndim, shape)
 
     def pieces(self, length: int, devices: int) -> list[tuple[Piece, ...]] | None:
         """What each of the devices holds of a sequence split evenly over them; None if they cut through its pieces."""
@@ -129,9 +122,38 @@ class SequenceLayout:
         return (2 * self.parts - 1 - part if is_back else part) * run + at
 
 
-def _untyped(function, x):
-    """function(x), of the sharding of x. Explicit mesh axes would ask for one at every step."""
-    sharding = None if isinstance(x, np.ndarray) else jax.typeof(x).sharding
-    if sharding is None or jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
-        return function(x)
-    return jax.sharding.auto_axes(function, out_sharding=sharding)(x)
+def _in_chunks(x, axis, order):
+    """The chunks of `x` along `axis`, in that order."""
+    size = x.shape[axis] // len(order)
+    # No indices: custom_partitioning takes no constant arrays.
+    chunks = [x[(slice(None),) * axis + (slice(i * size, (i + 1) * size),)] for i in order]
+    return (np if isinstance(x, np.ndarray) else jnp).concatenate(chunks, axis=axis)
+
+
+def _by_transposing(x, axis, shape):
+    """`x`, of which `axis` is folded into that shape, the other way round."""
+    folded = x.reshape((*x.shape[:axis], *shape, *x.shape[axis + 1 :]))
+    return folded.swapaxes(axis, axis + 1).reshape(x.shape)
+
+
+def _moved(function, x, axis, how):
+    """function(x, axis, how), of the sharding of x."""
+    if isinstance(x, np.ndarray):
+        return function(x, axis, how)
+    if isinstance(x, Tracer):
+        sharding = jax.typeof(x).sharding
+        if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+            return function(x, axis, how)
+        # Explicit mesh axes would ask for a sharding at every step.
+        return jax.sharding.auto_axes(lambda x: function(x, axis, how), out_sharding=sharding)(x)
+    return _moved_at_once(x, function, axis, how, x.sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _moved_at_once(x, function, axis, how, sharding):
+    """The same of an array: one program, not one for each step that its devices would have to meet for."""
+    y = _moved(function, x, axis, how)
+    is_auto = isinstance(sharding, jax.sharding.NamedSharding) and set(sharding.mesh.axis_types) == {
+        jax.sharding.AxisType.Auto
+    }
+    return jax.lax.with_sharding_constraint(y, sharding) if is_auto else y
