@@ -6,7 +6,11 @@ if "FLASHJAX_TEST_GPUS" in os.environ:  # each worker takes one of them
     _gpus = os.environ["FLASHJAX_TEST_GPUS"].split(",")
     _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     os.environ["CUDA_VISIBLE_DEVICES"] = _gpus[_worker % len(_gpus)]
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Eight devices on two busy cores may wait long for each other, after which XLA ends the process.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 
 import zlib
 
