@@ -21,7 +21,7 @@ class Result:
     out: np.ndarray
     lse: np.ndarray
     grads: dict[str, np.ndarray]  # by argument name; empty without cotangents
-    caches: tuple[np.ndarray, np.ndarray] | None  # after the append; NaN where nobody wrote
+    caches: tuple[np.ndarray, ...]  # k_cache and v_cache after the append; NaN where nobody wrote
     logit: float  # the largest finite |score|
 
 
@@ -268,7 +268,7 @@ def _dense(arith, inputs, cotangents):
         grads["bias"] = _rounded(arith, grads["bias"], arrays["bias"])
     if "alibi_slopes" in grads:
         _accumulate(grads["alibi_slopes"], dslopes)
-    return Result(out, lse, grads, None, logit)
+    return Result(out, lse, grads, (), logit)
 
 
 def _packed(arith, inputs, cotangents):
@@ -322,7 +322,7 @@ def _packed(arith, inputs, cotangents):
     if dbias is not None and cotangents:
         _accumulate(grads["bias"], dbias)
         grads["bias"] = _rounded(arith, grads["bias"], arrays["bias"])
-    return Result(out, lse, grads, None, logit)
+    return Result(out, lse, grads, (), logit)
 
 
 def _cached(arith, inputs, cotangents):
@@ -385,6 +385,25 @@ def _cached(arith, inputs, cotangents):
 
 
 # -------------------------------------------------------------------------------------------------------- comparison
+
+
+def check(case: Case, inputs: Inputs, results=(), cotangents=None, grads=None) -> None:
+    """Raises AssertionError unless a call gave what it should: (out, lse, k_cache, v_cache), as far as `results` goes,
+    and gradients by name. What the caches held must have kept its bits."""
+    expected, naive = (run(case, inputs, cotangents, naive=x) for x in (False, True))
+    for name, got in zip(("out", "lse"), results, strict=False):
+        compare(name, got, getattr(expected, name), getattr(naive, name), expected.logit)
+    caches = zip(("k_cache", "v_cache"), results[2:], expected.caches, naive.caches, strict=False)
+    for name, cache, want, rounded in caches:
+        compare(name, cache, want, rounded)
+        before = inputs.arrays[name]
+        held = ~np.isnan(before)
+        same_bits(np.asarray(cache)[held], before[held], f"what {name} held")
+    if grads is not None:
+        assert grads.keys() == expected.grads.keys()
+        for name, grad in grads.items():
+            assert grad.dtype == inputs.arrays[name].dtype
+            compare(f"gradient of {name}", grad, expected.grads[name], naive.grads[name], expected.logit)
 
 
 def same_bits(x, y, what: str) -> None:

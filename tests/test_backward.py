@@ -26,17 +26,10 @@ def test_backward(case, implementation):
     dout_dlse = cotangents(case, inputs, oracle.run(case, inputs).lse)
     call = differentiated(case, inputs, implementation, deterministic=True)
     with expect_decline(case, implementation):
-        (out, lse), grads = call(arrays, dout_dlse)
+        results, grads = call(arrays, dout_dlse)
     if implementation in case.declined_by:
         return
-    expected = oracle.run(case, inputs, dout_dlse)
-    naive = oracle.run(case, inputs, dout_dlse, naive=True)
-    oracle.compare("out", out, expected.out, naive.out, expected.logit)
-    oracle.compare("lse", lse, expected.lse, naive.lse, expected.logit)
-    assert grads.keys() == expected.grads.keys()
-    for name, grad in grads.items():
-        assert grad.dtype == arrays[name].dtype
-        oracle.compare(f"gradient of {name}", grad, expected.grads[name], naive.grads[name], expected.logit)
+    oracle.check(case, inputs, results, dout_dlse, grads)
 
     again = call(arrays, dout_dlse)[1]
     for name in grads:
@@ -62,9 +55,7 @@ def test_deterministic_is_the_same_function(case, implementation):
         _, grads = differentiated(case, inputs, implementation)(arrays, dout_dlse)
     if implementation in case.declined_by:
         return
-    expected, naive = (oracle.run(case, inputs, dout_dlse, naive=x) for x in (False, True))
-    for name, grad in grads.items():
-        oracle.compare(f"gradient of {name}", grad, expected.grads[name], naive.grads[name], expected.logit)
+    oracle.check(case, inputs, cotangents=dout_dlse, grads=grads)
 
 
 MANY_BLOCKS = {  # more blocks than a GPU has multiprocessors, whose turns to add to dq differ
@@ -110,9 +101,7 @@ def test_key_tiles_in_pieces(options):
     dout_dlse = cotangents(case, inputs, oracle.run(case, inputs).lse)
     call = differentiated(case, inputs, "cuda")
     grads = call(arrays, dout_dlse)[1]
-    expected, naive = (oracle.run(case, inputs, dout_dlse, naive=x) for x in (False, True))
-    for name, grad in grads.items():
-        oracle.compare(f"gradient of {name}", grad, expected.grads[name], naive.grads[name], expected.logit)
+    oracle.check(case, inputs, cotangents=dout_dlse, grads=grads)
     for run in range(3):
         again = call(arrays, dout_dlse)[1]
         for name in "kv":
@@ -156,9 +145,7 @@ def test_bias(bias, beside, d):
     for size in (1 << 14, 1 << 18, inputs.arrays["bias"].size, 1 << 22, 1 << 24):  # free memory becomes NaN
         jnp.full((size,), jnp.nan).block_until_ready()
     _, grads = call(arrays, dout_dlse)
-    expected, naive = (oracle.run(case, inputs, dout_dlse, naive=x) for x in (False, True))
-    for name, grad in grads.items():
-        oracle.compare(f"gradient of {name}", grad, expected.grads[name], naive.grads[name], expected.logit)
+    oracle.check(case, inputs, cotangents=dout_dlse, grads=grads)
 
 
 def test_lse_alone(implementation):
@@ -178,9 +165,7 @@ def test_lse_alone(implementation):
     grads = jax.jit(jax.grad(loss, argnums=range(4)))(*(arrays[name] for name in names))
     lse = oracle.run(case, inputs).lse
     zero = np.zeros((*inputs.arrays["q"].shape[:3], case.v_dim))
-    expected, naive = (oracle.run(case, inputs, (zero, 2 * lse), naive=x) for x in (False, True))
-    for name, grad in zip(names, grads, strict=True):
-        oracle.compare(name, grad, expected.grads[name], naive.grads[name], expected.logit)
+    oracle.check(case, inputs, cotangents=(zero, 2 * lse), grads=dict(zip(names, grads, strict=True)))
 
 
 def test_out_alone(implementation):
@@ -197,9 +182,7 @@ def test_out_alone(implementation):
     )
     grads = vjp(jnp.asarray(dout))
     zero = np.zeros((case.b, case.h, case.s))
-    expected, naive = (oracle.run(case, inputs, (dout, zero), naive=x) for x in (False, True))
-    for name, grad in zip("qkv", grads, strict=True):
-        oracle.compare(name, grad, expected.grads[name], naive.grads[name], expected.logit)
+    oracle.check(case, inputs, cotangents=(dout, zero), grads=dict(zip("qkv", grads, strict=True)))
 
 
 @pytest.mark.parametrize("position", [0, 1])

@@ -129,21 +129,12 @@ def run(case, inputs, implementation, **options):
     return function(case, inputs, implementation, **options)(to_device(inputs.arrays))
 
 
-def check(case, inputs, results):
-    out, lse, *caches = results
-    expected, naive = oracle.run(case, inputs), oracle.run(case, inputs, naive=True)
-    oracle.compare("lse", lse, expected.lse, naive.lse, expected.logit)
-    oracle.compare("out", out, expected.out, naive.out, expected.logit)
-    for name, cache, want, rounded in zip(("k_cache", "v_cache"), caches, expected.caches, naive.caches, strict=False):
-        oracle.compare(name, cache, want, rounded)
-
-
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in DECODE if ON_GPU or case.id in FEW])
 def test_decode(case, implementation):
     inputs = case.build()
     more = {"update_cache": True} if case.new else {}
     results = run(case, inputs, implementation, **more)
-    check(case, inputs, results)
+    oracle.check(case, inputs, results)
     for x, y in zip(results, run(case, inputs, implementation, **more), strict=True):
         oracle.same_bits(x, y, "a second call")
 
@@ -196,7 +187,7 @@ def test_latent(case):
         assert support.runs == "cuda", support
     run = jax.jit(lambda arrays: call(**arrays))
     out, lse, *caches = run(device)
-    check(case, inputs, [out, lse, *(x for cache in caches for x in (cache, cache[..., :512]))])
+    oracle.check(case, inputs, [out, lse, *(x for cache in caches for x in (cache, cache[..., :512]))])
     for x, y in zip((out, lse), run(device)[:2], strict=True):
         oracle.same_bits(x, y, "a second call")
 
@@ -211,7 +202,8 @@ def test_latent_splits(num_splits):
     inputs = case.build()
     inputs = dataclasses.replace(inputs, arrays=inputs.arrays | {"v_cache": inputs.arrays["k_cache"][..., :512]})
     options = inputs.options | {"num_splits": num_splits, "return_softmax_lse": True, "value_dim": 512}
-    check(case, inputs, flashjax.flash_mha_with_kvcache(**to_device(inputs.arrays) | {"v_cache": None}, **options))
+    results = flashjax.flash_mha_with_kvcache(**to_device(inputs.arrays) | {"v_cache": None}, **options)
+    oracle.check(case, inputs, results)
 
 
 @pytest.mark.cuda
@@ -256,7 +248,7 @@ def test_splits(name, num_splits, implementation):
     case = BY_ID[name]
     inputs = case.build()
     results = run(case, inputs, implementation, num_splits=num_splits)
-    check(case, inputs, results)
+    oracle.check(case, inputs, results)
     for x, y in zip(results, run(case, inputs, implementation, num_splits=num_splits), strict=True):
         oracle.same_bits(x, y, "a second call")
 
