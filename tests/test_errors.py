@@ -373,32 +373,25 @@ def test_unused_page_entries_may_be_anything(implementation):
 ANY_INT = st.one_of(st.integers(-3, 14), st.sampled_from([-(2**31), 2**31 - 1, 10**6, 2**30]))
 
 
+def _any(count):
+    return st.lists(ANY_INT, min_size=count, max_size=count)
+
+
 @settings(max_examples=60)
-@given(
-    cu_q=st.lists(ANY_INT, min_size=4, max_size=4),
-    cu_k=st.lists(ANY_INT, min_size=4, max_size=4),
-    used=st.lists(ANY_INT, min_size=6, max_size=6),
-)
+@given(cu_q=_any(4), cu_k=_any(4), used=_any(6))
 def test_any_lengths(cu_q, cu_k, used):
     """Whatever the index arrays hold: an error that says so, or finite results and gradients."""
     _error_or_finite(_varlen, jnp.array(cu_q, I32), jnp.array(cu_k, I32), _i32(*used[:3]), _i32(*used[3:]))
 
 
 @settings(max_examples=60)
-@given(
-    lengths=st.lists(ANY_INT, min_size=2, max_size=2),
-    pad=st.lists(ANY_INT, min_size=2, max_size=2),
-    table=st.lists(ANY_INT, min_size=8, max_size=8),
-)
+@given(lengths=_any(2), pad=_any(2), table=_any(8))
 def test_any_pages(lengths, pad, table):
     _error_or_finite(_paged, _i32(*lengths), _i32(*pad), jnp.array(table, I32).reshape(2, 4))
 
 
 @settings(max_examples=60)
-@given(
-    lengths=st.lists(ANY_INT, min_size=2, max_size=2),
-    entries=st.lists(ANY_INT, min_size=2, max_size=2),
-)
+@given(lengths=_any(2), entries=_any(2))
 def test_any_entries(lengths, entries):
     _error_or_finite(_entries, _i32(*lengths), _i32(*entries))
 
