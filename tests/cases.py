@@ -358,14 +358,8 @@ def _dense():
         inert = ("causal",) if s == 1 else ()
         yield Case(f"length-{s}x{t}", reason, b=1, s=s, t=t, h=2, g=1, causal=causal, dtype=dtype, inert=inert)
     yield Case("no-keys", "t = 0: every row sees nothing", t=0)
-    yield Case(
-        "no-keys-causal",
-        "t = 0 under a mask, by kernels that size their sections by the keys",
-        t=0,
-        causal=True,
-        dtype="bfloat16",
-        inert=("causal",),
-    )
+    yield Case("no-keys-causal", "t = 0 under a mask, by kernels that size their sections by the keys", t=0,
+               causal=True, dtype="bfloat16", inert=("causal",))  # fmt: skip
     yield Case("no-keys-sinks", "t = 0 with sinks: the lse is the sink", t=0, sinks="normal")
     yield Case("no-queries", "s = 0: empty results, zero gradients of k and v", s=0)
     yield Case("no-queries-causal", "s = 0 under a mask", s=0, causal=True, dtype="bfloat16", inert=("causal",))
@@ -411,16 +405,8 @@ def _dense():
     yield Case(
         "many-heads-causal", "as before, with groups and unequal tiles", **many, g=8, s=130, t=400, d=64, causal=True
     )
-    yield Case(
-        "many-heads-window",
-        "as before, with query tiles that nothing visits",
-        **many,
-        g=16,
-        s=300,
-        t=150,
-        d=64,
-        window=(20, 10),
-    )
+    yield Case("many-heads-window", "as before, with query tiles that nothing visits", **many, g=16, s=300, t=150, d=64,
+               window=(20, 10))  # fmt: skip
     # The forward's other tiles on Hopper, which take more than one to a multiprocessor.
     tall = dict(b=5, h=14, g=7, d=128, dtype="bfloat16")
     yield Case("many-heads-tall", "tiles of 192 queries", **tall, s=190, t=210)
@@ -437,15 +423,8 @@ def _dense():
     yield Case(
         "align-left-long-q", "top-left: the last queries see everything", s=91, t=37, causal=True, alignment="top_left"
     )
-    yield Case(
-        "empty-rows-block",
-        "a whole block of queries sees nothing and the next one something",
-        s=300,
-        t=100,
-        causal=True,
-        h=2,
-        dtype="bfloat16",
-    )
+    yield Case("empty-rows-block", "a whole block of queries sees nothing and the next one something", s=300, t=100,
+               causal=True, h=2, dtype="bfloat16")  # fmt: skip
     yield Case(
         "empty-rows-sinks", "rows that see only the sink: out 0, lse the sink", s=70, t=20, causal=True, sinks="normal"
     )
@@ -499,13 +478,8 @@ def _dense():
         yield Case(f"bias-{name}", "bias broadcast, its gradient summed", s=21, t=37, bias=bias)
     yield Case("bias-causal-long-q", "bias with rows that see nothing", s=50, t=35, bias="1 h s t", causal=True)
     yield Case("bias-bfloat16", "bias in the operand dtype", bias="b h s t", dtype="bfloat16", s=65, t=66)
-    yield Case(
-        "bias-float32-of-bfloat16",
-        "float32 bias of bfloat16 operands",
-        bias="1 h s t",
-        dtype="bfloat16",
-        bias_dtype="float32",
-    )
+    yield Case("bias-float32-of-bfloat16", "float32 bias of bfloat16 operands", bias="1 h s t", dtype="bfloat16",
+               bias_dtype="float32")  # fmt: skip
     yield Case("bias-float16", "bias in the operand dtype, wide block", bias="b 1 s t", dtype="float16", s=66, t=130)
     yield Case("bias-holes", "-inf hides single keys", bias="b h s t", bias_values="holes", t=70)
     yield Case(
@@ -563,57 +537,16 @@ def _dense():
     yield Case("dropout-causal", "the usual rate, with a mask", dropout=0.1, causal=True, s=129, t=129)
     yield Case("dropout-causal-bfloat16", "in 16 bits", dropout=0.1, causal=True, s=200, t=333, d=64, dtype="bfloat16")
     yield Case("dropout-float16", "full attention in 16 bits", dropout=0.5, s=65, t=200, d=128, dtype="float16")
-    yield Case(
-        "dropout-scores",
-        "what else changes weights; the log-sum-exp is that of all of them",
-        dropout=0.3,
-        s=50,
-        t=70,
-        softcap=3.0,
-        q_gain=4.0,
-        alibi="b h",
-        sinks="normal",
-        bias="b h s t",
-        window=(30, 5),
-    )
+    yield Case("dropout-scores", "what else changes weights; the log-sum-exp is that of all of them", dropout=0.3, s=50,
+               t=70, softcap=3.0, q_gain=4.0, alibi="b h", sinks="normal", bias="b h s t", window=(30, 5))  # fmt: skip
     yield Case("equal-keys", "every visible key has the same weight", kv_equal=True, causal=True)
 
-    yield Case(
-        "everything",
-        "all score options at once",
-        s=77,
-        t=131,
-        h=6,
-        g=2,
-        d=24,
-        e=40,
-        scale=0.4,
-        causal=True,
-        window=(40, -1),
-        softcap=4.0,
-        bias="b 1 s t",
-        bias_values="holes",
-        alibi="b h",
-        sinks="normal",
-        segments="pair",
-    )
-    yield Case(
-        "everything-bfloat16",
-        "all score options at once",
-        s=131,
-        t=77,
-        h=4,
-        g=1,
-        d=64,
-        dtype="bfloat16",
-        window=(30, 9),
-        alignment="top_left",
-        softcap=4.0,
-        bias="1 h s t",
-        alibi="h",
-        sinks="normal",
-        segments="pair",
-    )
+    yield Case("everything", "all score options at once", s=77, t=131, h=6, g=2, d=24, e=40, scale=0.4, causal=True,
+               window=(40, -1), softcap=4.0, bias="b 1 s t", bias_values="holes", alibi="b h", sinks="normal",
+               segments="pair")  # fmt: skip
+    yield Case("everything-bfloat16", "all score options at once", s=131, t=77, h=4, g=1, d=64, dtype="bfloat16",
+               window=(30, 9), alignment="top_left", softcap=4.0, bias="1 h s t", alibi="h", sinks="normal",
+               segments="pair")  # fmt: skip
 
 
 def _packed():
@@ -652,15 +585,8 @@ def _packed():
     )
     yield packed("used-k", "the tail of each key sequence is unused", a, used_k=(3, 46, 20), causal=True)
     yield packed("used-q", "the tail of each query sequence is unused", a, used_q=(17, 0, 44), causal=True)
-    yield packed(
-        "used-both",
-        "both tails, a length of 0",
-        a,
-        (0, 30, 60, 99),
-        used_q=(5, 46, 44),
-        used_k=(30, 0, 21),
-        causal=True,
-    )
+    yield packed("used-both", "both tails, a length of 0", a, (0, 30, 60, 99), used_q=(5, 46, 44), used_k=(30, 0, 21),
+                 causal=True)  # fmt: skip
     yield packed("used-both-bfloat16", "both tails", a, used_q=(5, 46, 44), used_k=(9, 1, 21), dtype="bfloat16", d=64)
     yield packed("window", "the window counts inside each sequence", (0, 17, 90, 130), window=(6, 2))
     yield packed("window-keys", "window, own key offsets", (0, 9, 60), (0, 31, 131), window=(11, 0))
@@ -680,41 +606,13 @@ def _packed():
     yield packed("mqa-dims", "one key head, v narrower", (0, 65, 70), h=4, g=1, d=40, e=24, causal=True)
     yield packed("many", "more sequences than blocks", tuple(range(0, 200, 5)), causal=True)
     yield packed("no-grouping", "as many key heads as query heads", a, h=3, g=3)
-    yield packed(
-        "everything",
-        "all options at once",
-        (2, 17, 63, 63, 130),
-        (1, 40, 77, 90, 160),
-        s=140,
-        t=171,
-        used_q=(15, 40, 0, 60),
-        used_k=(20, 37, 13, 66),
-        d=24,
-        e=16,
-        causal=True,
-        window=(25, -1),
-        softcap=4.0,
-        bias="b h s t",
-        alibi="h",
-        sinks="normal",
-        segments="pair",
-    )
-    yield packed(
-        "dropout",
-        "which weights are dropped goes by positions within a sequence",
-        (0, 40, 40, 75),
-        dropout=0.4,
-        causal=True,
-    )
-    yield packed(
-        "dropout-unequal-bfloat16",
-        "unequal lengths in 16 bits",
-        (0, 70, 77, 210),
-        (0, 33, 133, 180),
-        dropout=0.2,
-        d=64,
-        dtype="bfloat16",
-    )
+    yield packed("everything", "all options at once", (2, 17, 63, 63, 130), (1, 40, 77, 90, 160), s=140, t=171,
+                 used_q=(15, 40, 0, 60), used_k=(20, 37, 13, 66), d=24, e=16, causal=True, window=(25, -1), softcap=4.0,
+                 bias="b h s t", alibi="h", sinks="normal", segments="pair")  # fmt: skip
+    yield packed("dropout", "which weights are dropped goes by positions within a sequence", (0, 40, 40, 75),
+                 dropout=0.4, causal=True)  # fmt: skip
+    yield packed("dropout-unequal-bfloat16", "unequal lengths in 16 bits", (0, 70, 77, 210), (0, 33, 133, 180),
+                 dropout=0.2, d=64, dtype="bfloat16")  # fmt: skip
 
 
 def _cached():
@@ -723,16 +621,8 @@ def _cached():
 
     yield cached("full", "the whole cache is valid", causal=True, inert=("causal",))
     for dtype in DTYPES:
-        yield cached(
-            f"decode-{dtype}",
-            "decode: lengths differ",
-            t=129,
-            d=64,
-            lengths=(7, 100),
-            causal=True,
-            inert=("causal",),
-            dtype=dtype,
-        )
+        yield cached(f"decode-{dtype}", "decode: lengths differ", t=129, d=64, lengths=(7, 100), causal=True,
+                     inert=("causal",), dtype=dtype)  # fmt: skip
     yield cached("scalar-length", "one length for all rows", lengths=21, b=3)
     yield cached("length-zero", "an empty cache: nothing is seen", lengths=(0, 33))
     yield cached("length-zero-sinks", "an empty cache leaves the sink", lengths=(0, 33), sinks="normal")
@@ -754,26 +644,11 @@ def _cached():
     yield cached(
         "leftpad-append", "append after a padded prompt", s=3, new=3, lengths=(20, 50), leftpad=(3, 17), causal=True
     )
-    yield cached(
-        "leftpad-top-left",
-        "top-left starts after the padding",
-        s=4,
-        lengths=(20, 50),
-        leftpad=(3, 7),
-        causal=True,
-        alignment="top_left",
-    )
+    yield cached("leftpad-top-left", "top-left starts after the padding", s=4, lengths=(20, 50), leftpad=(3, 7),
+                 causal=True, alignment="top_left")  # fmt: skip
     yield cached("batch-idx", "rows live anywhere in the cache", b=3, lengths=(20, 50, 9), batch_idx=(4, 0, 2))
-    yield cached(
-        "batch-idx-append",
-        "append to the entry that a row names",
-        b=2,
-        s=2,
-        new=2,
-        lengths=(20, 50),
-        batch_idx=(3, 1),
-        causal=True,
-    )
+    yield cached("batch-idx-append", "append to the entry that a row names", b=2, s=2, new=2, lengths=(20, 50),
+                 batch_idx=(3, 1), causal=True)  # fmt: skip
     yield cached(
         "batch-idx-leftpad", "with padding", b=2, lengths=(20, 50), batch_idx=(3, 1), leftpad=(5, 6), window=(9, -1)
     )
@@ -788,17 +663,8 @@ def _cached():
     yield cached(
         "paged-bfloat16", "pages of 16 in bfloat16", page=16, t=160, d=128, lengths=(15, 129), dtype="bfloat16", g=1
     )
-    yield cached(
-        "paged-float16",
-        "pages of 64 in float16",
-        page=64,
-        t=192,
-        d=64,
-        lengths=(64, 129),
-        dtype="float16",
-        s=2,
-        causal=True,
-    )
+    yield cached("paged-float16", "pages of 64 in float16", page=64, t=192, d=64, lengths=(64, 129), dtype="float16",
+                 s=2, causal=True)  # fmt: skip
     yield cached("paged-zero", "a sequence without a page", page=16, t=64, lengths=(0, 33))
     yield cached(
         "paged-window", "the window skips the first pages", page=8, t=96, s=2, lengths=(90, 33), window=(10, 0)
@@ -808,105 +674,35 @@ def _cached():
     yield cached(
         "paged-append-straddle", "append across page borders", page=4, t=40, s=7, new=7, lengths=(2, 29), causal=True
     )
-    yield cached(
-        "paged-append-straddle-odd",
-        "append across pages of three",
-        page=3,
-        t=42,
-        s=5,
-        new=5,
-        lengths=(1, 37),
-        causal=True,
-        dtype="bfloat16",
-    )
-    yield cached(
-        "paged-leftpad",
-        "padding inside the first pages",
-        page=4,
-        t=40,
-        s=2,
-        new=2,
-        lengths=(20, 30),
-        leftpad=(3, 9),
-        causal=True,
-    )
+    yield cached("paged-append-straddle-odd", "append across pages of three", page=3, t=42, s=5, new=5, lengths=(1, 37),
+                 causal=True, dtype="bfloat16")  # fmt: skip
+    yield cached("paged-leftpad", "padding inside the first pages", page=4, t=40, s=2, new=2, lengths=(20, 30),
+                 leftpad=(3, 9), causal=True)  # fmt: skip
     yield cached(
         "rotary", "rotary of all dims, interleaved", rotary=16, new=1, lengths=(7, 40), causal=True, inert=("causal",)
     )
     yield cached("rotary-halves", "rotary by halves", rotary=16, interleaved=False, new=1, lengths=(7, 40))
     yield cached("rotary-partial", "only the first dims turn", rotary=6, new=1, lengths=(7, 40))
-    yield cached(
-        "rotary-partial-halves",
-        "halves of the first dims",
-        rotary=6,
-        interleaved=False,
-        s=3,
-        new=3,
-        lengths=(7, 40),
-        causal=True,
-    )
-    yield cached(
-        "rotary-chunk",
-        "queries turn by their own place when causal",
-        rotary=16,
-        s=5,
-        new=5,
-        lengths=(0, 40),
-        causal=True,
-    )
+    yield cached("rotary-partial-halves", "halves of the first dims", rotary=6, interleaved=False, s=3, new=3,
+                 lengths=(7, 40), causal=True)  # fmt: skip
+    yield cached("rotary-chunk", "queries turn by their own place when causal", rotary=16, s=5, new=5, lengths=(0, 40),
+                 causal=True)  # fmt: skip
     yield cached("rotary-chunk-window", "and with a window", rotary=8, s=5, new=5, lengths=(0, 40), window=(9, 2))
     yield cached("rotary-chunk-full", "all queries turn by one place otherwise", rotary=16, s=5, new=5, lengths=(0, 40))
-    yield cached(
-        "rotary-paged-bfloat16",
-        "rotary, pages, append",
-        rotary=32,
-        d=64,
-        page=16,
-        t=64,
-        s=4,
-        new=4,
-        lengths=(14, 40),
-        causal=True,
-        dtype="bfloat16",
-    )
+    yield cached("rotary-paged-bfloat16", "rotary, pages, append", rotary=32, d=64, page=16, t=64, s=4, new=4,
+                 lengths=(14, 40), causal=True, dtype="bfloat16")  # fmt: skip
     yield cached("softcap", "the cap on a cache", lengths=(20, 50), softcap=2.0, q_gain=4.0)
     yield cached("alibi", "slopes on a cache", s=2, lengths=(20, 50), alibi="h", causal=True)
     yield cached("sinks", "sinks on a cache", lengths=(20, 50), sinks="normal")
     yield cached("bias", "bias by cache position", lengths=(20, 50), bias="b h s t")
-    yield cached(
-        "bias-leftpad",
-        "the bias counts from the first key after the padding",
-        lengths=(20, 50),
-        leftpad=(3, 17),
-        bias="b 1 s t",
-    )
+    yield cached("bias-leftpad", "the bias counts from the first key after the padding", lengths=(20, 50),
+                 leftpad=(3, 17), bias="b 1 s t")  # fmt: skip
     yield cached("splits", "keys split into three parts", t=300, lengths=(100, 299), num_splits=3)
     yield cached("splits-empty", "some parts hold no key", t=300, lengths=(5, 0), num_splits=8, sinks="normal")
     yield cached("dims", "v narrower, one key head", h=6, g=1, d=40, e=24, lengths=(20, 50), new=1)
-    yield cached(
-        "everything",
-        "all options at once",
-        b=3,
-        s=3,
-        t=72,
-        h=6,
-        g=2,
-        d=24,
-        e=40,
-        new=3,
-        page=8,
-        lengths=(31, 69, 6),
-        leftpad=(4, 9, 0),
-        rotary=12,
-        interleaved=False,
-        scale=0.4,
-        causal=True,
-        window=(20, -1),
-        softcap=4.0,
-        alibi="h",
-        sinks="normal",
-        num_splits=2,
-    )
+    yield cached("everything", "all options at once", b=3, s=3, t=72, h=6, g=2, d=24, e=40, new=3, page=8,
+                 lengths=(31, 69, 6), leftpad=(4, 9, 0), rotary=12, interleaved=False, scale=0.4, causal=True,
+                 window=(20, -1), softcap=4.0, alibi="h", sinks="normal", num_splits=2)  # fmt: skip
 
 
 CASES: tuple[Case, ...] = (*_dense(), *_packed(), *_cached())
