@@ -56,29 +56,15 @@ CASES = (
     "cached-everything",
 )
 # Several tiles each way, for every head dim of the Hopper kernels, without and with scores to transform.
+TILES = {"b": 1, "h": 2, "g": 1, "dtype": "bfloat16", "causal": True}
+DIMS = (64, 128, 256)
 LARGER = tuple(
-    Case(f"tiles-{d}-{name}", "", b=1, s=300, t=280, h=2, g=1, d=d, dtype="bfloat16", causal=True, **options)
-    for d in (64, 128, 256)
+    Case(f"tiles-{d}-{name}", "", s=300, t=280, d=d, **TILES, **options)
+    for d in DIMS
     for name, options in (("plain", {}), ("scores", {"softcap": 5.0, "sinks": "normal"}))
 )
-PACKED = tuple(
-    Case(
-        f"packed-tiles-{d}",
-        "",
-        layout="packed",
-        b=1,
-        s=700,
-        t=700,
-        h=2,
-        g=1,
-        d=d,
-        dtype="bfloat16",
-        causal=True,
-        cu_q=(0, 300, 300, 310, 650),
-        segments="same" if d == 64 else None,
-    )
-    for d in (64, 128, 256)
-)
+ROWS = {"layout": "packed", "s": 700, "t": 700, "cu_q": (0, 300, 300, 310, 650)}
+PACKED = tuple(Case(f"packed-tiles-{d}", "", d=d, segments="same" if d == 64 else None, **TILES, **ROWS) for d in DIMS)
 HUGE = np.iinfo(np.int32).max
 # case, argument -> what stands in all its elements but the first
 BAD = (
