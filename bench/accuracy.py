@@ -9,17 +9,15 @@ is larger than that of dew-flash-attn (FlashAttention-3) where both ran.
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import json
 import pathlib
-import re
 import sys
 
 from bench.cells import Cell
 from bench.impls import IMPLS
 from bench.report import OURS, table
-from bench.run import csrc_tree, device, load, versions
+from bench.run import about, command, load
 
 RESULTS = ("o", "dq", "dk", "dv")
 MARK = "dew-flash-attn"
@@ -167,13 +165,8 @@ def main():
         return
     impls, absent = load({name: IMPLS[name] for name in args.impl or [OURS, MARK, "fa4-jax", "jax.nn-cudnn"]})
     result = {
-        "device": device(),
-        "versions": versions(impls),
-        "csrc_tree": csrc_tree(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": re.sub(
-            r"--out[ =]\S+", "--out out/accuracy.json", " ".join(["python -m bench.accuracy", *sys.argv[1:]])
-        ),
+        **about(impls),
+        "command": command("bench.accuracy"),
         "absent": absent,
         "skipped": [],
         "rows": [],

@@ -13,8 +13,8 @@ import re
 import subprocess
 import sys
 
-from bench import run
 from bench.report import table
+from bench.run import about, command
 
 B, H, D = 1, 2, 64
 SIZES = [1024 << i for i in range(7)]
@@ -74,15 +74,13 @@ def main():
         print(memory_table(json.loads(args.show.read_text())))
         return
     result = {
-        "device": run.device(),
-        "versions": run.versions([]),
-        "csrc_tree": run.csrc_tree(),
-        "command": "python -m bench.memory",
+        **about(),
+        "command": command("bench.memory"),
         "rows": [],
     }
     for impl, s in [("flashjax", s) for s in SIZES] + [("jax.nn-xla", s) for s in SIZES if s <= XLA_UP_TO]:
-        command = [sys.executable, "-m", "bench.memory", "--one", impl, str(s)]
-        result["rows"].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+        one = [sys.executable, "-m", "bench.memory", "--one", impl, str(s)]
+        result["rows"].append(json.loads(subprocess.run(one, check=True, stdout=subprocess.PIPE).stdout))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")

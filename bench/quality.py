@@ -5,13 +5,12 @@
 Says which kernels were tried (the git tree of csrc/), where, and the outcome of each step.
 """
 
-import datetime
 import json
 import pathlib
 import sys
 import xml.etree.ElementTree as xml
 
-from bench.run import csrc_tree, device, versions
+from bench.run import about
 
 JUNIT = pathlib.Path("build/gpu/tests.xml")
 
@@ -35,21 +34,16 @@ def tests() -> dict:
 
 def main():
     out = pathlib.Path(sys.argv[1])
-    about = {
-        "csrc_tree": csrc_tree(),
-        "device": device(),
-        "versions": versions([]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+    origin = about()
     if (out / "tests.log").exists():
-        (out / "tests.json").write_text(json.dumps(about | tests(), indent=1) + "\n")
+        (out / "tests.json").write_text(json.dumps(origin | tests(), indent=1) + "\n")
     steps = {
         name: json.loads((out / f"{name}.json").read_text())
         for name in ("build", "sanitize", "soak", "jitter")
         if (out / f"{name}.json").exists()
     }
     if steps:
-        (out / "quality.json").write_text(json.dumps(about | steps, indent=1) + "\n")
+        (out / "quality.json").write_text(json.dumps(origin | steps, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,21 @@ def versions(impls) -> dict[str, str]:
     return found
 
 
+def about(impls=()) -> dict[str, object]:
+    """What every result says of its origin."""
+    return {
+        "device": device(),
+        "versions": versions(impls),
+        "csrc_tree": csrc_tree(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def command(program: str) -> str:
+    """The command that is running, with its results in out/."""
+    return re.sub(r"(--out|--trace)[ =](\S*/)?", r"\1 out/", " ".join(["python -m", program, *sys.argv[1:]]))
+
+
 def ceilings() -> dict[str, float]:
     """What the machine gives: a large matrix product, and reading a large array once."""
     import jax
@@ -153,13 +168,8 @@ def main():
     builds = {name: Build(site) for name, site in (build.split("=", 1) for build in args.build)}
     impls, absent = load({name: IMPLS[name] for name in names} | builds)
     result = {
-        "device": device(),
-        "versions": versions(impls),
-        "csrc_tree": csrc_tree(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": re.sub(
-            r"--out[ =]\S+", f"--out out/{args.out.name}", " ".join(["python -m bench.run", *sys.argv[1:]])
-        ),
+        **about(impls),
+        "command": command("bench.run"),
         "load": round(os.getloadavg()[0], 1),  # other work on the machine, if much more than 0
         "absent": absent,
         "ceilings": ceilings(),

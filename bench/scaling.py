@@ -9,7 +9,6 @@ computes such a sequence of its own at the same time: what the slowest of them, 
 """
 
 import argparse
-import datetime
 import functools
 import importlib.util
 import json
@@ -25,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 import flashjax
 from bench import overlap, timing
-from bench.run import csrc_tree, device, versions
+from bench.run import about, command
 
 CASES = [  # mask, layout, strategy
     ("full", "contiguous", "ring"),
@@ -167,19 +166,11 @@ def main():
     mesh = Mesh(np.asarray(devices), ("seq",), axis_types=(AxisType.Auto,))
     alone = operands(args.tokens, args, jax.sharding.SingleDeviceSharding(devices[0]))
     split = operands(args.tokens * n, args, NamedSharding(mesh, P(None, "seq")))
+    flags = os.environ.get("XLA_FLAGS")
     result = {
-        "device": device(),
+        **about(["flash-attn3-jax", "jax-linear-attention"] if args.peers else []),
         "devices": n,
-        "versions": versions(["flash-attn3-jax", "jax-linear-attention"] if args.peers else []),
-        "csrc_tree": csrc_tree(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(
-            [
-                *(f'{name}="{os.environ[name]}"' for name in ["XLA_FLAGS"] if os.environ.get(name)),
-                "python -m bench.scaling",
-                *(f"out/{pathlib.Path(x).name}" if "/" in x else x for x in sys.argv[1:]),
-            ]
-        ),
+        "command": (f'XLA_FLAGS="{flags}" ' if flags else "") + command("bench.scaling"),
         "skipped": [],
         "rows": [],
     }
