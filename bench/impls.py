@@ -60,7 +60,15 @@ def _extents(cell):
 
 
 def _cu_seqlens(cell):
-    return np.concatenate(([0], np.cumsum(cell.lengths))).astype(np.int32)
+    import jax.numpy as jnp
+
+    return jnp.asarray(np.concatenate(([0], np.cumsum(cell.lengths))).astype(np.int32))
+
+
+def _mask(cell, causal="is_causal", window="window_size"):
+    """The options of a cell's mask, by a package's names for them; a window is causal too."""
+    options = {causal: cell.mask in ("causal", "window")}
+    return options | {window: (cell.window, 0)} if cell.mask == "window" else options
 
 
 def _bias(cell):
@@ -146,21 +154,10 @@ class Flashjax(Jax):
         self.implementation = implementation
 
     def function(self, cell):
-        options = {
-            "is_causal": cell.mask == "causal",
-            "deterministic": cell.deterministic,
-            "implementation": self.implementation,
-        }
-        if cell.mask == "window":
-            options |= {"is_causal": True, "window_size": (cell.window, 0)}
+        options = _mask(cell) | {"deterministic": cell.deterministic, "implementation": self.implementation}
         if cell.packed:
-            import jax.numpy as jnp
-
-            longest = max(cell.lengths)
-            return (
-                lambda q, k, v, cu: self.module.flash_mha_varlen(q, k, v, cu, None, longest, longest, **options),
-                [jnp.asarray(_cu_seqlens(cell))],
-            )
+            options |= {f"max_seqlen_{x}": max(cell.lengths) for x in "qk"}
+            return lambda q, k, v, cu: self.module.flash_mha_varlen(q, k, v, cu, **options), [_cu_seqlens(cell)]
         if cell.mask == "segments":
             import jax.numpy as jnp
 
@@ -212,9 +209,7 @@ class JaxNN(Jax):
     def function(self, cell):
         if cell.packed or cell.mask == "segments":
             raise NotImplementedError("no packed sequences in the public function")
-        options = {"is_causal": cell.mask == "causal"}
-        if cell.mask == "window":
-            options |= {"is_causal": True, "local_window_size": (cell.window, 0)}
+        options = _mask(cell, window="local_window_size")
         return lambda q, k, v, bias=None: self.call(q, k, v, bias, **options), _bias(cell)
 
     def decode(self, cell):
@@ -234,17 +229,10 @@ class Dew(Jax):
     package = "dew_flash_attn"
 
     def function(self, cell):
-        options = {"is_causal": cell.mask == "causal"}
-        if cell.mask == "window":
-            options |= {"is_causal": True, "window_size": (cell.window, 0)}
+        options = _mask(cell)
         if cell.packed:
-            import jax.numpy as jnp
-
-            longest = max(cell.lengths)
-            return (
-                lambda q, k, v, cu: self.module.flash_mha_varlen(q, k, v, cu, longest, **options),
-                [jnp.asarray(_cu_seqlens(cell))],
-            )
+            longest, cu = max(cell.lengths), _cu_seqlens(cell)
+            return lambda q, k, v, cu: self.module.flash_mha_varlen(q, k, v, cu, longest, **options), [cu]
         if cell.mask == "segments":
             raise NotImplementedError("no segment ids")
         return lambda q, k, v: self.module.flash_mha(q, k, v, **options), []
@@ -256,14 +244,9 @@ class Fa4(Jax):
     package = "fa4_jax"
 
     def function(self, cell):
-        options = {"causal": cell.mask == "causal"}
-        if cell.mask == "window":
-            options |= {"causal": True, "window_size": (cell.window, 0)}
+        options = _mask(cell, "causal")
         if cell.packed:
-            import jax.numpy as jnp
-
-            cu = jnp.asarray(_cu_seqlens(cell))
-            return lambda q, k, v, cu: self.module.flash_attn_varlen(q, k, v, cu, cu, **options), [cu]
+            return lambda q, k, v, cu: self.module.flash_attn_varlen(q, k, v, cu, cu, **options), [_cu_seqlens(cell)]
         if cell.mask == "segments":
             raise NotImplementedError("document masks skip no blocks")
         return lambda q, k, v: self.module.flash_attn(q, k, v, **options), []
@@ -275,21 +258,12 @@ class Kyutai(Jax):
     package = "flash_attn3_jax"
 
     def function(self, cell):
-        options = {"is_causal": cell.mask == "causal"}
-        if cell.mask == "window":
-            options |= {"is_causal": True, "window_size": (cell.window, 0)}
+        options = _mask(cell)
         if cell.d > 128 or cell.e != cell.d:
             raise NotImplementedError("head dimension up to 128, the same for q and v")
         if cell.packed:
-            import jax.numpy as jnp
-
-            longest = max(cell.lengths)
-            return (
-                lambda q, k, v, cu: self.module.flash_mha_varlen(
-                    q, k, v, cu, cu, max_seqlen_q=longest, max_seqlen_k=longest, **options
-                ),
-                [jnp.asarray(_cu_seqlens(cell))],
-            )
+            options |= {f"max_seqlen_{x}": max(cell.lengths) for x in "qk"}
+            return lambda q, k, v, cu: self.module.flash_mha_varlen(q, k, v, cu, cu, **options), [_cu_seqlens(cell)]
         if cell.mask == "segments":
             raise NotImplementedError("no segment ids")
         return lambda q, k, v: self.module.flash_mha(q, k, v, **options), []
