@@ -81,13 +81,13 @@ ffi::Error bwd(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
   return run<BwdParams>(decode, cpu::Backward, pool, args, rets, attrs);
 }
 
+auto binding() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs();
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    FlashjaxCpuFwd, fwd,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    FlashjaxCpuBwd, bwd,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashjaxCpuFwd, fwd, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashjaxCpuBwd, bwd, binding());
 
 }  // namespace flashjax
