@@ -8,8 +8,12 @@
 
 namespace flashjax {
 
-inline void define_tables(nanobind::module_& m) {
+inline void define_common(nanobind::module_& m, XLA_FFI_Handler* fwd, XLA_FFI_Handler* bwd) {
   namespace nb = nanobind;
+  nb::dict targets;
+  targets["flashjax_fwd"] = nb::capsule(reinterpret_cast<void*>(fwd));
+  targets["flashjax_bwd"] = nb::capsule(reinterpret_cast<void*>(bwd));
+  m.attr("targets") = targets;
   m.attr("ffi_api") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   nb::list slots;
   static constexpr const char* kTypes[] = {"T", "F", "F32", "S32"};
@@ -21,10 +25,6 @@ inline void define_tables(nanobind::module_& m) {
 #include "../attention/attrs.def"
 #undef ATTR
   m.attr("attrs") = attrs;
-}
-
-inline nanobind::capsule handler(XLA_FFI_Error* (*f)(XLA_FFI_CallFrame*)) {
-  return nanobind::capsule(reinterpret_cast<void*>(f));
 }
 
 }  // namespace flashjax

@@ -8,9 +8,5 @@ extern "C" XLA_FFI_Error* FlashjaxCpuBwd(XLA_FFI_CallFrame*);
 
 NB_MODULE(_cpu, m) {
   using namespace flashjax;
-  define_tables(m);
-  nanobind::dict targets;
-  targets["flashjax_fwd"] = handler(FlashjaxCpuFwd);
-  targets["flashjax_bwd"] = handler(FlashjaxCpuBwd);
-  m.attr("targets") = targets;
+  define_common(m, FlashjaxCpuFwd, FlashjaxCpuBwd);
 }

@@ -87,11 +87,7 @@ std::string why_not(const std::string& direction, const std::string& dtype, cons
 
 NB_MODULE(_cuda, m) {
   using namespace flashjax;
-  define_tables(m);
-  nanobind::dict targets;
-  targets["flashjax_fwd"] = handler(FlashjaxCudaFwd);
-  targets["flashjax_bwd"] = handler(FlashjaxCudaBwd);
-  m.attr("targets") = targets;
+  define_common(m, FlashjaxCudaFwd, FlashjaxCudaBwd);
   m.attr("kernels") = kernel_rows();
   m.def("why_not", &why_not, nanobind::arg("direction"), nanobind::arg("dtype"),
         nanobind::arg("shapes"), nanobind::arg("attrs"),
