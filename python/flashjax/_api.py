@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from flashjax import _cache, _derivatives
 from flashjax._checks import Checker, drop_absent
+from flashjax._types import Attrs
 
 # Jitted, since an FFI call outside a compiled program costs a hundred times what it does inside.
 _attention = jax.jit(_derivatives.attention, static_argnames="attrs")
@@ -80,14 +81,9 @@ def flash_mha(
     extent["t"] *= split.line.n if split.line else 1  # a device's rows of the bias have all columns
     bias = check.bias(bias, extent, q.dtype)
     seed, keep = check.dropout(dropout_rate, dropout_key, q.shape[0], q.shape[2])
-    attrs = check.attrs(
-        q.shape[-1],
-        softmax_scale,
-        is_causal,
-        window_size,
-        softcap,
-        causal_alignment,
-        implementation,
+    attrs = Attrs(
+        **check.scores(softmax_scale, is_causal, window_size, softcap, causal_alignment),
+        **check.implementation(implementation),
         deterministic=check.static_bool("deterministic", deterministic),
         dropout_keep=keep,
         sequence=split,
@@ -96,9 +92,8 @@ def flash_mha(
         "q": q,
         "k": k,
         "v": v,
-        "bias": None if bias is None else bias[:, None],
-        "alibi_slopes": check.per_head("alibi_slopes", alibi_slopes, batched=True),
-        "sinks": check.per_head("sinks", sinks, batched=False),
+        "bias": bias,
+        **check.per_head(alibi_slopes, sinks, batched=True),
         **check.segments(segment_ids, "b s", "b t"),
         **seed,
     }
@@ -181,26 +176,18 @@ def flash_mha_varlen(
     extent = {"n": check.extent["n"], "h": check.extent["h"], **longest}
     bias = check.bias(bias, extent, q.dtype)
     seed, keep = check.dropout(dropout_rate, dropout_key, 1, q.shape[1])
-    attrs = check.attrs(
-        q.shape[-1],
-        softmax_scale,
-        is_causal,
-        window_size,
-        softcap,
-        causal_alignment,
-        implementation,
+    attrs = Attrs(
+        **check.scores(softmax_scale, is_causal, window_size, softcap, causal_alignment),
+        **check.implementation(implementation),
         deterministic=check.static_bool("deterministic", deterministic),
         dropout_keep=keep,
-        **{name: -1 if x is None else x for name, x in longest.items()},
+        **drop_absent(longest),
         sequence=check.split(sequence_layout, strategy, axis_name, is_self),
     )
     arrays = {
         "q": q,
         "k": k,
         "v": v,
-        "bias": bias,
-        "segment_ids_q": None,
-        "segment_ids_k": None,
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "seqused_q": None if seqused_q is None else check.integers("seqused_q", seqused_q, "n"),
@@ -208,13 +195,7 @@ def flash_mha_varlen(
         **check.segments(segment_ids, "s", "t"),
     }
     arrays = {name: x[None] for name, x in drop_absent(arrays).items()}  # one row of n sequences
-    arrays |= drop_absent(
-        {
-            "alibi_slopes": check.per_head("alibi_slopes", alibi_slopes, batched=False),
-            "sinks": check.per_head("sinks", sinks, batched=False),
-            **seed,
-        }
-    )
+    arrays |= drop_absent({"bias": bias, **check.per_head(alibi_slopes, sinks, batched=False), **seed})
     return_lse = check.static_bool("return_lse", return_lse)
     out, lse = _attention(arrays, attrs=attrs)
     return (out[0], lse[0]) if return_lse else out[0]
@@ -356,14 +337,9 @@ def flash_mha_with_kvcache(
             check.fail("rotary_cos", f"(positions, r / 2) with positions > 0 and r <= d = {q.shape[-1]}", rotary_cos)
 
     bias = check.bias(bias, {"b": b, "h": q.shape[2], "s": q.shape[1], "t": capacity}, q.dtype)
-    attrs = check.attrs(
-        q.shape[-1],
-        softmax_scale,
-        is_causal,
-        window_size,
-        softcap,
-        causal_alignment,
-        implementation,
+    attrs = Attrs(
+        **check.scores(softmax_scale, is_causal, window_size, softcap, causal_alignment),
+        **check.implementation(implementation),
         num_splits=check.static_int("num_splits", num_splits),
         shared_e=shared_e,
     )
@@ -374,9 +350,8 @@ def flash_mha_with_kvcache(
                 "q": q,
                 "k": k_cache,
                 "v": None if shared_e else v_cache,
-                "bias": None if bias is None else bias[:, None],
-                "alibi_slopes": check.per_head("alibi_slopes", alibi_slopes, batched=True),
-                "sinks": check.per_head("sinks", sinks, batched=False),
+                "bias": bias,
+                **check.per_head(alibi_slopes, sinks, batched=True),
                 "seqused_k": seqlens[:, None],
                 "leftpad": cache_leftpad,
                 "batch_idx": cache_batch_idx,

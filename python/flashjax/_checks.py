@@ -6,7 +6,7 @@ Every message reads ``function: `argument` must be what was expected; got what c
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from flashjax._layouts import SequenceLayout
 from flashjax._line import Line
-from flashjax._types import Attrs, Split
+from flashjax._types import Split
 
 DTYPES = ("float32", "bfloat16", "float16")
 IMPLEMENTATIONS = ("cpu", "cuda", "upstream", "reference")
@@ -85,27 +85,26 @@ class Checker:
         left, right = (-1 if w is None else self.static_int("window_size", w, at_least=-1) for w in x)
         return left, 0 if self.static_bool("is_causal", is_causal) else right
 
-    def attrs(
-        self, d, softmax_scale, is_causal, window_size, softcap, causal_alignment, implementation, **extra
-    ) -> Attrs:
+    def scores(self, softmax_scale, is_causal, window_size, softcap, causal_alignment) -> dict[str, Any]:
+        """The attributes that say what becomes of a score."""
         left, right = self.window(window_size, is_causal)
         softcap = 0.0 if softcap is None else self.static_float("softcap", softcap)
         if softcap < 0:
             self.fail("softcap", "0 (off) or positive", softcap)
         if causal_alignment not in ("bottom_right", "top_left"):
             self.fail("causal_alignment", '"bottom_right" or "top_left"', causal_alignment)
-        if implementation is not None and implementation not in IMPLEMENTATIONS:
-            self.fail("implementation", f"None or one of {IMPLEMENTATIONS}", implementation)
-        return Attrs(
-            scale=self.scale(softmax_scale, d),
-            softcap=softcap,
-            window_left=left,
-            window_right=right,
-            top_left=causal_alignment == "top_left",
-            implementation=implementation,
-            upstream=implementation == "upstream",
-            **extra,
-        )
+        return {
+            "scale": self.scale(softmax_scale, self.extent["d"]),
+            "softcap": softcap,
+            "window_left": left,
+            "window_right": right,
+            "top_left": causal_alignment == "top_left",
+        }
+
+    def implementation(self, x) -> dict[str, Any]:
+        if x is not None and x not in IMPLEMENTATIONS:
+            self.fail("implementation", f"None or one of {IMPLEMENTATIONS}", x)
+        return {"implementation": x, "upstream": x == "upstream"}
 
     def split(self, layout, strategy, axis_name, is_self: bool = True) -> Split:
         """How the sequence lies in its arrays, and how devices share it."""
@@ -210,7 +209,7 @@ class Checker:
         return {"segment_ids_q": ids_q, "segment_ids_k": self.integers("segment_ids", ids_k, k_dims)}
 
     def bias(self, x, full: Mapping[str, int | None], operand_dtype):
-        """A bias broadcastable to `full` (4 letters -> extent; None: any), returned with all 4 dimensions."""
+        """A bias broadcastable to `full` (4 letters -> extent; None: any), as (b?, n?, h?, s?, t?)."""
         if x is None:
             return None
         shape = f"({', '.join(full)})"
@@ -229,10 +228,17 @@ class Checker:
                 self.fail("bias", expected, x)
         if x.dtype != operand_dtype:
             x = x.astype(jnp.float32)
-        return x.reshape((1,) * (4 - x.ndim) + x.shape)
+        x = x.reshape((1,) * (4 - x.ndim) + x.shape)
+        return x[:, None] if "b" in full else x[None]
 
-    def per_head(self, name, x, batched: bool):
-        """alibi_slopes or sinks, as float32 (b?, h)."""
+    def per_head(self, alibi_slopes, sinks, batched: bool) -> dict[str, jax.Array | None]:
+        """Both as float32 (b?, h); `batched`: slopes may differ along the batch."""
+        return {
+            "alibi_slopes": self._per_head("alibi_slopes", alibi_slopes, batched),
+            "sinks": self._per_head("sinks", sinks, batched=False),
+        }
+
+    def _per_head(self, name, x, batched: bool):
         if x is None:
             return None
         dims = "b h" if batched and getattr(x, "ndim", 1) == 2 else "h"
@@ -242,5 +248,5 @@ class Checker:
         return x.astype(jnp.float32) if x.ndim == 2 else x.astype(jnp.float32)[None]
 
 
-def drop_absent(arrays: dict) -> dict[str, jax.Array]:
-    return {name: x for name, x in arrays.items() if x is not None}
+def drop_absent(values: dict) -> dict[str, Any]:
+    return {name: x for name, x in values.items() if x is not None}
