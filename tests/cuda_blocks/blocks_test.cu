@@ -63,6 +63,19 @@ static DI void spill(float* out, float (&d)[N / 2]) {
       for (int e = 0; e < 2; e++)
         out[(16 * w + l / 4 + 8 * h) * N + 8 * j + 2 * (l % 4) + e] = d[4 * j + 2 * h + e];
 }
+// The sum of `STEPS` products, of which add(d, k) adds the k-th to the accumulator.
+template <int N, int STEPS, typename Add>
+static DI void accumulate(float* out, Add add) {
+  float d[N / 2];
+  pin(d);
+  wg_fence();
+#pragma unroll
+  for (int k = 0; k < STEPS; k++) add(d, k);
+  wg_commit();
+  wg_wait<0>();
+  pin(d);
+  spill<N>(out, d);
+}
 static DI u32 base() {
   extern __shared__ unsigned char raw[];
   return (smem_u32(raw) + 1023) & ~1023u;
@@ -74,17 +87,10 @@ static __global__ void times_transposed(const unsigned short* a, const unsigned 
                                         float* out) {
   u32 sa = base(), sb = sa + 64 * 256;
   fill(sa, a, 64, 128), fill(sb, b, N, 128);
-  float d[N / 2];
-  pin(d);
-  wg_fence();
-#pragma unroll
-  for (int k = 0; k < 8; k++)
+  accumulate<N, 8>(out, [=](auto& d, int k) {
     Wgmma<N, false>::template ss<0, 0>(d, desc(desc_lo(sa + k / 4 * 64 * 128 + k % 4 * 32, 16)),
                                        desc(desc_lo(sb + k / 4 * N * 128 + k % 4 * 32, 16)), k > 0);
-  wg_commit();
-  wg_wait<0>();
-  pin(d);
-  spill<N>(out, d);
+  });
 }
 
 // A [64, 64] from registers, as the accumulator map packs it, times B [64, N], MN-major.
@@ -99,18 +105,11 @@ static __global__ void from_registers(const unsigned short* a, const unsigned sh
     int j = i / 2, h = i % 2, row = 16 * w + l / 4 + 8 * h, c = 8 * j + 2 * (l % 4);
     frag[i] = pack<false>(to_float<false>(a[row * 64 + c]), to_float<false>(a[row * 64 + c + 1]));
   }
-  float d[N / 2];
-  pin(d);
-  wg_fence();
-#pragma unroll
-  for (int k = 0; k < 4; k++)
+  accumulate<N, 4>(out, [&](auto& d, int k) {
     Wgmma<N, false>::template rs<1>(d, frag[4 * k], frag[4 * k + 1], frag[4 * k + 2],
                                     frag[4 * k + 3], desc(desc_lo(sb, 64 * 128) + (k * 2048 >> 4)),
                                     k > 0);
-  wg_commit();
-  wg_wait<0>();
-  pin(d);
-  spill<N>(out, d);
+  });
 }
 
 // A' with A [128, 64] (MN-major A) times B [128, N] (MN-major B).
@@ -119,17 +118,10 @@ static __global__ void transposed_times(const unsigned short* a, const unsigned 
                                         float* out) {
   u32 sa = base(), sb = sa + 128 * 128;
   fill(sa, a, 128, 64), fill(sb, b, 128, N);
-  float d[N / 2];
-  pin(d);
-  wg_fence();
-#pragma unroll
-  for (int k = 0; k < 8; k++)
+  accumulate<N, 8>(out, [=](auto& d, int k) {
     Wgmma<N, false>::template ss<1, 1>(d, desc(desc_lo(sa, 16) + (k * 2048 >> 4)),
                                        desc(desc_lo(sb, 128 * 128) + (k * 2048 >> 4)), k > 0);
-  wg_commit();
-  wg_wait<0>();
-  pin(d);
-  spill<N>(out, d);
+  });
 }
 
 // A box of 96 rows and two chunks by tensor map, read back through the swizzle; rows past the end
@@ -229,15 +221,9 @@ static void products(float* out) {
     for (int i = 0; i < k; ++i) x += term(i);
     return x;
   };
-  check(cudaFuncSetAttribute(times_transposed<N>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kShared),
-        "shared");
-  check(
-      cudaFuncSetAttribute(from_registers<N>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
-      "shared");
-  check(cudaFuncSetAttribute(transposed_times<N>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kShared),
-        "shared");
+  for (auto kernel : {times_transposed<N>, from_registers<N>, transposed_times<N>})
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared),
+          "shared");
   times_transposed<N><<<1, 128, kShared>>>(a.device, b.device, out);
   std::snprintf(what, sizeof what, "K-major A and B, n = %d", N);
   compare(what, out, 64, N,
