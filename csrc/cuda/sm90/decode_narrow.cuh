@@ -93,7 +93,7 @@ struct Narrow {
           for (int r = 0; r < R; r++)
 #pragma unroll
             for (int h = 0; h < 2; h++)
-              w[j][r][h] = transpose(pack<F16>(s[j][r][2 * h], s[j][r][2 * h + 1]));
+              w[j][r][h] = transpose_matrix(pack<F16>(s[j][r][2 * h], s[j][r][2 * h + 1]));
 
         mb_wait(x.full + 8 * turn.slot, turn.phase);
         const u32 values = x.ring + turn.slot * K::kTile;

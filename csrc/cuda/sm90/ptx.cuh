@@ -203,13 +203,6 @@ DI void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-// The transpose of an 8 x 8 matrix of 16-bit elements, of which a thread has (lane / 4, 2 (lane %
-// 4)) and its neighbour.
-DI u32 transpose(u32 x) {
-  u32 y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
 
 // ---- barriers and registers
 DI void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
@@ -346,7 +339,8 @@ DI void clear_rows(u32 tile, int rows, int r0, u32 dead) {
           0.f, 0.f, 0.f);
 }
 
-// A matrix of 8 x 8, of which a lane has two neighbours of row lane / 4.
+// The transpose of an 8 x 8 matrix of 16-bit elements, of which a lane has (lane / 4, 2 (lane % 4))
+// and its neighbour.
 DI u32 transpose_matrix(u32 x) {
   u32 y;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
