@@ -161,11 +161,9 @@ struct Decode {
     int q_phase = 0;
 #pragma unroll 1
     while (true) {
-      mb_wait(x.q_full, q_phase);
-      const Piece& piece = handed[q_phase];  // stays until the second after it
-      const Keys& k = piece.keys;
-      q_phase ^= 1;
+      const Piece& piece = receive(handed, x.q_full, q_phase);
       if (piece.n0 == piece.n1) break;
+      const Keys& k = piece.keys;
       float o[E / 2], s[N / 2], mx[2] = {-infinity(), -infinity()}, sum[2] = {0.f, 0.f};
       u32 pb[N / 4], qf[kQInRegs ? D / 4 : 1];
 #pragma unroll

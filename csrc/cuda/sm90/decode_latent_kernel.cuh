@@ -175,9 +175,7 @@ struct Latent {
     };
 #pragma unroll 1
     while (true) {
-      mb_wait(x.q_full, q_phase);
-      const Piece& piece = handed[q_phase];  // stays until the second after it
-      q_phase ^= 1;
+      const Piece& piece = receive(handed, x.q_full, q_phase);
       if (piece.n0 == piece.n1) break;
       // Of tiles [clear0, clear1) no score is masked; of halves of tiles [whole0, whole1) no key
       // is.

@@ -107,6 +107,14 @@ struct Piece {
   int slot;  // of the partial result; -1: these are all tiles of the head
 };
 
+// The next piece that is handed over, which stays until the second after it.
+DI const Piece& receive(const Piece* handed, u32 full, int& phase) {
+  mb_wait(full, phase);
+  const Piece& piece = handed[phase];
+  phase ^= 1;
+  return piece;
+}
+
 // Scores are not just scaled: what `finish` leaves is then in natural units, else to be scaled yet.
 DI bool is_bent(const flashjax::Problem& p) {
   return p.softcap != 0.f || p.alibi_slopes || !(p.scale > 0.f);

@@ -31,15 +31,13 @@ struct Narrow {
       k_at[i] = (warp * kOwn + row8 + 8 * half) * 128 + (((2 * i + quarter) ^ row8) << 4);
       v_at[i] = (warp * kOwn + row8 + 8 * quarter) * 128 + (((2 * i + half) ^ row8) << 4);
     }
-    Turn turn;
     int q_phase = 0;
+    Turn turn;
 #pragma unroll 1
     while (true) {
-      mb_wait(x.q_full, q_phase);
-      const Piece& piece = handed[q_phase];  // stays until the second after it
-      const Keys& k = piece.keys;
-      q_phase ^= 1;
+      const Piece& piece = receive(handed, x.q_full, q_phase);
       if (piece.n0 == piece.n1) break;
+      const Keys& k = piece.keys;
       u32 q[R][D / 16][2];
       float o[E / 16][R][4], top[R][2], sum[R][2];  // top: what P is relative to, in units of S
 #pragma unroll
