@@ -78,7 +78,7 @@ struct Decode {
   // One warp. A lane brings a box of keys, or several.
   static DI void produce(const TMap& mq, const TMap& mk, const TMap& mv, const DecodeArgs& a,
                          const Layout& x, Piece* shared) {
-    const int lane = threadIdx.x & 31, boxes = N >> (__ffs(a.pages.box) - 1);
+    const int lane = threadIdx.x & 31, count = N >> (__ffs(a.pages.box) - 1);
     const u64 hint = a.blocks == 1 ? kEvictFirst : kEvictNormal;
     Piece& piece = shared[0];
     Turn turn;
@@ -95,27 +95,15 @@ struct Decode {
         tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, row.h, row.i, piece.b, kEvictFirst);
     };
     Work::walk(a, piece, [&]() {
-      const int hk = a.by_blocks(piece.head), b = piece.b, n1 = piece.n1;
-      const int begin = piece.keys.begin, end = piece.keys.end;
-      auto look = [&](int n, int box) -> Place {  // where a box of tile n is; -2: nothing of use
-        const int key = n * N + box * a.pages.box;
-        if (n >= n1 || box >= boxes || key >= end || key + a.pages.box <= begin) return {-2, 0};
-        return place(a.pages, b, key);
-      };
-      Place next = look(piece.n0, lane);
+      const int hk = a.by_blocks(piece.head), n1 = piece.n1;
+      const Boxes<N> boxes{a.pages, count, piece.b, n1, piece.keys.begin, piece.keys.end};
+      Place next = boxes.look(piece.n0, lane);
 #pragma unroll 1
       for (int n = piece.n0; n < n1; n++) {
         const Place at = next;
-        int live = __popc(__ballot_sync(~0u, at.good()));
-        bool odd = __any_sync(~0u, at.page == -1);
-        // Pages of so few keys that 32 boxes are not enough for a tile are slow, and right.
-#pragma unroll 1
-        for (int i = 32; i < boxes; i += 32) {
-          const Place more = look(n, i + lane);
-          live += __popc(__ballot_sync(~0u, more.good()));
-          odd |= __any_sync(~0u, more.page == -1);
-        }
-        next = look(n + 1, lane);
+        bool odd;
+        const int live = boxes.live(n, at, odd);
+        next = boxes.look(n + 1, lane);
 #pragma unroll
         for (int v = 0; v < 2; v++) {
           const u32 full = x.full + 8 * turn.slot, tile = x.ring + turn.slot * kTile;
@@ -134,7 +122,7 @@ struct Decode {
           __syncwarp();
           load(at, lane);
 #pragma unroll 1
-          for (int i = 32; i < boxes; i += 32) load(look(n, i + lane), i + lane);
+          for (int i = 32; i < count; i += 32) load(boxes.look(n, i + lane), i + lane);
           turn.next();
           if (n == piece.n0 && v == 0) hand();
         }

@@ -80,7 +80,7 @@ struct Latent {
   static DI void produce(const TMap& mq, const TMap& mk, const DecodeArgs& a, const Layout& x,
                          Piece* shared) {
     const int lane = threadIdx.x & 31, rank = kCluster > 1 ? cluster_rank() : 0;
-    const int boxes = kKeys / a.pages.box, own = kBox / a.pages.box;
+    const int count = kKeys / a.pages.box, own = kBox / a.pages.box;
     const u64 hint = a.blocks == 1 ? kEvictFirst : kEvictNormal;
     Piece& piece = shared[0];
     int q_phase = 1, phase = 0;
@@ -96,27 +96,17 @@ struct Latent {
         tma_load(x.q + c * kRows * 128, &mq, x.q_full, c * 64, row.h, row.i, piece.b, kEvictFirst);
     };
     Work::walk(a, piece, [&]() {
-      const int hk = piece.head / a.blocks, b = piece.b, m1 = 2 * piece.n1;
-      const int begin = piece.keys.begin, end = piece.keys.end;
-      auto look = [&](int m, int box) -> Place {  // where a box of half tile m is; -2: of no use
-        const int key = m * kKeys + box * a.pages.box;
-        if (m >= m1 || box >= boxes || key >= end || key + a.pages.box <= begin) return {-2, 0};
-        return place(a.pages, b, key);
-      };
-      Place next = look(2 * piece.n0, lane);
+      const int hk = piece.head / a.blocks, m1 = 2 * piece.n1;  // in halves of tiles
+      const Boxes<kKeys> boxes{a.pages, count, piece.b, m1, piece.keys.begin, piece.keys.end};
+      int m = 2 * piece.n0;
+      Place next = boxes.look(m, lane);
 #pragma unroll 1
-      for (int m = 2 * piece.n0; m < m1; m++) {
+      for (; m < m1; m++) {
         const int at = m & 1;
         const Place here = next;
-        int live = __popc(__ballot_sync(~0u, here.good()));
-        bool odd = __any_sync(~0u, here.page == -1);
-#pragma unroll 1
-        for (int i = 32; i < boxes; i += 32) {
-          const Place more = look(m, i + lane);
-          live += __popc(__ballot_sync(~0u, more.good()));
-          odd |= __any_sync(~0u, more.page == -1);
-        }
-        next = look(m + 1, lane);
+        bool odd;
+        const int live = boxes.live(m, here, odd);
+        next = boxes.look(m + 1, lane);
 #pragma unroll 1
         for (int half = 0; half < 2; half++) {
           const int h = half ^ at, chunks = 4 + half;
@@ -129,7 +119,7 @@ struct Latent {
           for (int box = rank * own; box < (rank + 1) * own; box++) {
             // The same in all lanes: else each instruction is a loop over them.
             Place from = {__shfl_sync(~0u, here.page, box), __shfl_sync(~0u, here.row, box)};
-            if (box >= 32) from = look(m, box);
+            if (box >= 32) from = boxes.look(m, box);
             if (!from.good() || !elect_one()) continue;
             const int key = box * a.pages.box;
 #pragma unroll

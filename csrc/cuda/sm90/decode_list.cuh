@@ -115,6 +115,35 @@ DI const Piece& receive(const Piece* handed, u32 full, int& phase) {
   return piece;
 }
 
+// The boxes of a piece's keys, in tiles of kKeys, that a producer warp brings: of each tile a lane
+// has one, or several.
+template <int kKeys>
+struct Boxes {
+  const Pages& pages;
+  int count;              // of a tile
+  int b, n1, begin, end;  // row of the batch; the tile after the last; keys
+  // Where a box of tile n is; -2: nothing of use.
+  DI Place look(int n, int box) const {
+    const int key = n * kKeys + box * pages.box;
+    if (n >= n1 || box >= count || key >= end || key + pages.box <= begin) return {-2, 0};
+    return place(pages, b, key);
+  }
+  // How many of tile n are there to be loaded; this lane's first is at `own`. `odd`: one is in a
+  // page that does not exist.
+  DI int live(int n, const Place& own, bool& odd) const {
+    int live = __popc(__ballot_sync(~0u, own.good()));
+    odd = __any_sync(~0u, own.page == -1);
+    // Pages of so few keys that 32 boxes are not enough for a tile are slow, and right.
+#pragma unroll 1
+    for (int i = 32; i < count; i += 32) {
+      const Place more = look(n, i + (threadIdx.x & 31));
+      live += __popc(__ballot_sync(~0u, more.good()));
+      odd |= __any_sync(~0u, more.page == -1);
+    }
+    return live;
+  }
+};
+
 // Scores are not just scaled: what `finish` leaves is then in natural units, else to be scaled yet.
 DI bool is_bent(const flashjax::Problem& p) {
   return p.softcap != 0.f || p.alibi_slopes || !(p.scale > 0.f);
