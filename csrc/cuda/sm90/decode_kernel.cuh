@@ -166,8 +166,7 @@ struct Decode {
 #pragma unroll
         for (int i = 0; i < D / 4; i++) qf[i] &= kept[i & 1];
         fence_async();
-        __syncwarp();
-        if (lane == 0) mb_arrive(x.q_empty);
+        mb_arrive_warp(x.q_empty);
       }
       int odd;
       auto arrived = [&](const Turn& at) { mb_wait(x.full + 8 * at.slot, at.phase); };

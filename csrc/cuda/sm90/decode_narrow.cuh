@@ -58,8 +58,7 @@ struct Narrow {
           for (int i = 0; i < 4; i++) o[m][r][i] = 0.f;
       }
       fence_async();
-      __syncwarp();
-      if (lane == 0) mb_arrive(x.q_empty);
+      mb_arrive_warp(x.q_empty);
 
 #pragma unroll 1
       for (int n = piece.n0; n < piece.n1; n++) {
@@ -77,8 +76,7 @@ struct Narrow {
             for (int r = 0; r < R; r++)
               mma<F16>(s[j][r], b[0], b[1], b[2], b[3], q[r][i][0], q[r][i][1]);
           }
-        __syncwarp();
-        if (lane == 0) mb_arrive(x.empty + 8 * turn.slot);
+        mb_arrive_warp(x.empty + 8 * turn.slot);
         turn.next();
 
         const bool masked = n < k.clear_begin || n >= k.clear_end;
@@ -113,8 +111,7 @@ struct Narrow {
             for (int r = 0; r < R; r++)
               mma<F16>(o[m][r], b[0], b[1], b[2], b[3], w[j][r][0], w[j][r][1]);
           }
-        __syncwarp();
-        if (lane == 0) mb_arrive(x.empty + 8 * turn.slot);
+        mb_arrive_warp(x.empty + 8 * turn.slot);
         turn.next();
       }
       gather(a, piece, warp, x.meet, c, o, top, sum);

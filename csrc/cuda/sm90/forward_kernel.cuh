@@ -261,8 +261,7 @@ struct Forward {
       const Blocks n = span.blocks(a.p);
       const int hk = a.by_ratio(h), b = span.b(a.p), end = span.end(a.p);
       const int q0 = span.q_row(a.p, span.first(a.p)), q_box = span.q_box(a.p);
-      __syncwarp();
-      if (first) mb_arrive(x.t_empty + 8 * slot);
+      mb_arrive_warp(x.t_empty + 8 * slot);
       // A lane looks for the box of 16 keys of block j: where those of it that are the sequence's
       // end, over [pages, page]. 0: past its last key; -1: in no page.
       auto look = [&](int j) {
@@ -418,10 +417,7 @@ struct Forward {
       if constexpr (kPage) odd = agreed(load_int(x.odd + 4 * st));
     };
     auto done = [&]() {  // nobody of this warp reads the Span any more
-      if constexpr (kSpan) {
-        __syncwarp();
-        if (lane == 0) mb_arrive(x.t_empty + 8 * slot);
-      }
+      if constexpr (kSpan) mb_arrive_warp(x.t_empty + 8 * slot);
       // Else the compiler takes the warp for divided from here on, and keeps no loop state or
       // matrix descriptor in uniform registers.
       __syncwarp();

@@ -44,6 +44,10 @@ DI void mb_arrive(u32 b) {
   jitter();
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory");
 }
+DI void mb_arrive_warp(u32 b) {  // once for a warp, all of whose lanes are done
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) mb_arrive(b);
+}
 DI void mb_arrive_at(u32 b, u32 rank) {  // the same barrier of another CTA of the cluster
   jitter();
   asm volatile(
