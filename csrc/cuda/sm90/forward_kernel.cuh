@@ -176,28 +176,24 @@ struct Forward {
     }
   }
 
+  // Brings block i, counted over all tiles, of K or of V.
+  template <bool kV>
+  static DI void load(const TMap& map, const Layout& x, int i, int row, int h, int box) {
+    constexpr int kBytes = kV ? kVBytes : kKBytes;
+    const int st = i % kStages;
+    const u32 full = (kV ? x.v_full : x.k_full) + 8 * st;
+    mb_wait((kV ? x.v_empty : x.k_empty) + 8 * st, ((i / kStages) & 1) ^ 1);
+    mb_expect(full, kBytes);
+#pragma unroll
+    for (int c = 0; c < (kV ? E : D) / 64; c++)
+      tma_load((kV ? x.v : x.k) + st * kBytes + c * N * 128, &map, full, c * 64, row, h, box,
+               kEvictLast);
+  }
+
   static DI void produce(const TMap& mq, const TMap& mk, const TMap& mv, const ForwardArgs& a,
                          const Layout& x) {
     int it = 0, w = 0, round = 0;
     int t = blockIdx.x;
-    auto load_k = [&](int i, int row, int h, int box) {
-      int st = i % kStages;
-      mb_wait(x.k_empty + 8 * st, ((i / kStages) & 1) ^ 1);
-      mb_expect(x.k_full + 8 * st, kKBytes);
-#pragma unroll
-      for (int c = 0; c < D / 64; c++)
-        tma_load(x.k + st * kKBytes + c * N * 128, &mk, x.k_full + 8 * st, c * 64, row, h, box,
-                 kEvictLast);
-    };
-    auto load_v = [&](int i, int row, int h, int box) {
-      int st = i % kStages;
-      mb_wait(x.v_empty + 8 * st, ((i / kStages) & 1) ^ 1);
-      mb_expect(x.v_full + 8 * st, kVBytes);
-#pragma unroll
-      for (int c = 0; c < E / 64; c++)
-        tma_load(x.v + st * kVBytes + c * N * 128, &mv, x.v_full + 8 * st, c * 64, row, h, box,
-                 kEvictLast);
-    };
 #pragma unroll 1
     while (true) {
       int next = t + gridDim.x;
@@ -223,7 +219,7 @@ struct Forward {
       if (kSpan) mb_arrive(x.t_empty + 8 * slot);
       t = kOne ? a.tiles : next;
       if (n.begin >= n.end) continue;
-      load_k(it, k0 + (n.end - 1) * N, hk, box);
+      load<false>(mk, x, it, k0 + (n.end - 1) * N, hk, box);
       const int qb = w % kQBufs;
       mb_wait(x.q_empty + 8 * qb, ((w / kQBufs) & 1) ^ 1);
       w++;
@@ -234,10 +230,10 @@ struct Forward {
                  kEvictFirst);
 #pragma unroll 1
       for (int j = n.end - 2; j >= n.begin; j--, it++) {
-        load_k(it + 1, k0 + j * N, hk, box);
-        load_v(it, k0 + (j + 1) * N, hk, box);
+        load<false>(mk, x, it + 1, k0 + j * N, hk, box);
+        load<true>(mv, x, it, k0 + (j + 1) * N, hk, box);
       }
-      load_v(it++, k0 + n.begin * N, hk, box);
+      load<true>(mv, x, it++, k0 + n.begin * N, hk, box);
     }
   }
 
