@@ -75,6 +75,21 @@ struct Lines {
   }
 };
 
+// acc[i][j] += x[4 ty + i] * y[column(j)], of lines in shared memory.
+__device__ __forceinline__ int column(int j) { return 64 * (j / 4) + 4 * tx() + j % 4; }
+template <int N>
+__device__ __forceinline__ void add_outer(float (&acc)[4][N], const float* x, const float* y) {
+  float a[4], b[N];
+  *reinterpret_cast<float4*>(a) = *reinterpret_cast<const float4*>(x + 4 * ty());
+#pragma unroll
+  for (int j = 0; j < N; j += 4)
+    *reinterpret_cast<float4*>(b + j) = *reinterpret_cast<const float4*>(y + column(j));
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int j = 0; j < N; ++j) acc[i][j] += a[i] * b[j];
+}
+
 // acc[i][j] += sum over k of a(4 ty + i, k) * b(4 tx + j, k). Begins and ends with a barrier.
 template <typename A, typename B>
 __device__ __forceinline__ void dot(float (&acc)[4][4], const Lines<A>& a, const Lines<B>& b,
@@ -91,22 +106,13 @@ __device__ __forceinline__ void dot(float (&acc)[4][4], const Lines<A>& a, const
     }
     __syncthreads();
 #pragma unroll 8
-    for (int kk = 0; kk < kDepth; ++kk) {
-      float x[4], y[4];
-      *reinterpret_cast<float4*>(x) = *reinterpret_cast<const float4*>(sa + kk * kPitch + 4 * ty());
-      *reinterpret_cast<float4*>(y) = *reinterpret_cast<const float4*>(sb + kk * kPitch + 4 * tx());
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) acc[i][j] += x[i] * y[j];
-    }
+    for (int kk = 0; kk < kDepth; ++kk) add_outer(acc, sa + kk * kPitch, sb + kk * kPitch);
   }
   __syncthreads();
 }
 
 // acc[i][j] += sum over r of weights[r][4 ty + i] * b(r, c0 + column(j)). Begins and ends with a
 // barrier.
-__device__ __forceinline__ int column(int j) { return 64 * (j / 4) + 4 * tx() + j % 4; }
 template <typename T>
 __device__ __forceinline__ void combine(float (&acc)[4][8], const float* weights, const Lines<T>& b,
                                         int64_t c0, float* stage) {
@@ -117,19 +123,8 @@ __device__ __forceinline__ void combine(float (&acc)[4][8], const float* weights
       stage[x / kColumns * kWidePitch + x % kColumns] = b.at(r0 + x / kColumns, c0 + x % kColumns);
     __syncthreads();
 #pragma unroll 8
-    for (int r = 0; r < kDepth; ++r) {
-      float x[4], y[8];
-      *reinterpret_cast<float4*>(x) =
-          *reinterpret_cast<const float4*>(weights + (r0 + r) * kPitch + 4 * ty());
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-        *reinterpret_cast<float4*>(y + 4 * c) =
-            *reinterpret_cast<const float4*>(stage + r * kWidePitch + 64 * c + 4 * tx());
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) acc[i][j] += x[i] * y[j];
-    }
+    for (int r = 0; r < kDepth; ++r)
+      add_outer(acc, weights + (r0 + r) * kPitch, stage + r * kWidePitch);
   }
   __syncthreads();
 }
