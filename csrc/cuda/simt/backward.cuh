@@ -6,14 +6,10 @@
 
 namespace flashjax::simt {
 
-struct BackwardGrid {
-  int64_t tiles, chunks;
-};
-
 // dq: a block owns 64 rows of q for one head and 128 columns.
 template <typename T>
 static __global__ void __launch_bounds__(kThreads)
-    backward_q(const __grid_constant__ BwdParams p, BackwardGrid grid) {
+    backward_q(const __grid_constant__ BwdParams p, Grid grid) {
   __shared__ __align__(16) float stage[kStage];
   __shared__ __align__(16) float tile[kTile * kPitch];
   __shared__ Labels labels;
@@ -58,7 +54,7 @@ static __global__ void __launch_bounds__(kThreads)
 // heads of the group.
 template <typename T>
 static __global__ void __launch_bounds__(kThreads)
-    backward_kv(const __grid_constant__ BwdParams p, BackwardGrid grid) {
+    backward_kv(const __grid_constant__ BwdParams p, Grid grid) {
   __shared__ __align__(16) float stage[kStage];
   __shared__ __align__(16) float tile[kTile * kPitch];
   __shared__ Labels labels;
@@ -146,8 +142,8 @@ template <DType kType, int kD, int kE, int kM, int kN, cuda::Variant>
 cudaError_t launch_backward(const BwdParams& p, const cuda::Device&, cudaStream_t stream) {
   static_assert(kM == kTile && kN == kTile, "the tile of kernels.def");
   using T = typename TypeOf<kType>::type;
-  const BackwardGrid q{parts(p.s, kTile), parts(p.d, kColumns)};
-  const BackwardGrid kv{parts(p.t, kTile), parts(imax(p.d, p.e), kColumns)};
+  const Grid q{parts(p.s, kTile), parts(p.d, kColumns)};
+  const Grid kv{parts(p.t, kTile), parts(imax(p.d, p.e), kColumns)};
   cudaError_t error = launch(q.tiles * q.chunks * p.h * p.b, stream, backward_q<T>, p, q);
   error = cuda::first_error(
       error, launch(kv.tiles * kv.chunks * p.g * p.b, stream, backward_kv<T>, p, kv));

@@ -2,18 +2,14 @@
 // one head and 128 columns of out; it walks the sequences that own those rows, so rows that belong
 // to none are written too.
 #pragma once
-#include "../launch.h"
+#include "grid.cuh"
 #include "score.cuh"
 
 namespace flashjax::simt {
 
-struct ForwardGrid {
-  int64_t tiles, chunks, blocks;  // of q rows, of columns of out, in all
-};
-
 template <typename T>
 static __global__ void __launch_bounds__(kThreads)
-    forward(const __grid_constant__ FwdParams p, ForwardGrid grid) {
+    forward(const __grid_constant__ FwdParams p, Grid grid) {
   __shared__ __align__(16) float stage[kStage];
   __shared__ __align__(16) float weights[kTile * kPitch];
   __shared__ Labels labels;
@@ -116,13 +112,9 @@ static __global__ void __launch_bounds__(kThreads)
 template <DType kType, int kD, int kE, int kM, int kN, cuda::Variant>
 cudaError_t launch_forward(const FwdParams& p, const cuda::Device&, cudaStream_t stream) {
   static_assert(kM == kTile && kN == kTile, "the tile of kernels.def");
-  ForwardGrid grid{(p.s + kTile - 1) / kTile, (p.e + kColumns - 1) / kColumns, 0};
-  grid.blocks = grid.tiles * grid.chunks * p.h * p.b;
-  if (grid.blocks == 0) return cudaSuccess;
-  if (grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  forward<typename TypeOf<kType>::type>
-      <<<static_cast<unsigned>(grid.blocks), kThreads, 0, stream>>>(p, grid);
-  return cudaGetLastError();
+  const Grid grid{parts(p.s, kTile), parts(p.e, kColumns)};
+  return launch(grid.tiles * grid.chunks * p.h * p.b, stream, forward<typename TypeOf<kType>::type>,
+                p, grid);
 }
 
 }  // namespace flashjax::simt

@@ -1,7 +1,6 @@
-// One tile of the backward: its queries' statistics, and the gradients of its scores. And how its
-// kernels are launched.
+// One tile of the backward: its queries' statistics, and the gradients of its scores.
 #pragma once
-#include "../launch.h"
+#include "grid.cuh"
 #include "score.cuh"
 
 namespace flashjax::simt {
@@ -79,17 +78,6 @@ __device__ __forceinline__ void gradients(const Head& head, const Operands<T>& x
       dscore[i][j] = sees ? share * (kept * dweight[i][j] - stats.delta[r]) : 0.f;
       ddot[i][j] = dscore[i][j] * bend;
     }
-}
-
-inline int64_t parts(int64_t extent, int64_t part) { return (extent + part - 1) / part; }
-
-template <typename Kernel, typename... More>
-cudaError_t launch(int64_t blocks, cudaStream_t stream, Kernel kernel, const BwdParams& p,
-                   More... more) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, more...);
-  return cudaGetLastError();
 }
 
 // Enqueues dbias alone: any dtype, any head dim. In bias.cu, for the backward of every family.
