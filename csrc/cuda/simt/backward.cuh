@@ -16,10 +16,7 @@ static __global__ void __launch_bounds__(kThreads)
   __shared__ Statistics stats;
 
   int64_t x = blockIdx.x;
-  const int64_t r0 = x % grid.tiles * kTile;
-  x /= grid.tiles;
-  const int64_t c0 = x % grid.chunks * kColumns;
-  x /= grid.chunks;
+  const int64_t r0 = digit(x, grid.tiles) * kTile, c0 = digit(x, grid.chunks) * kColumns;
   const int64_t h = x % p.h, b = x / p.h;
   const int64_t r1 = imin(r0 + kTile, p.s);
   const Operands<T> operands(p, h, labels, stats);
@@ -61,10 +58,7 @@ static __global__ void __launch_bounds__(kThreads)
   __shared__ Statistics stats;
 
   int64_t x = blockIdx.x;
-  const int64_t r0 = x % grid.tiles * kTile;
-  x /= grid.tiles;
-  const int64_t c0 = x % grid.chunks * kColumns;
-  x /= grid.chunks;
+  const int64_t r0 = digit(x, grid.tiles) * kTile, c0 = digit(x, grid.chunks) * kColumns;
   const int64_t g = x % p.g, b = x / p.g, group = p.h / p.g;
   const int64_t r1 = imin(r0 + kTile, p.t);
 

@@ -19,10 +19,7 @@ static __global__ void __launch_bounds__(kThreads)
   const int64_t tiles_i = (shape.dim[3] + kTile - 1) / kTile,
                 tiles_j = (shape.dim[4] + kTile - 1) / kTile;
   int64_t x = blockIdx.x;
-  const int64_t own_j = x % tiles_j * kTile;
-  x /= tiles_j;
-  const int64_t own_i = x % tiles_i * kTile;
-  x /= tiles_i;
+  const int64_t own_j = digit(x, tiles_j) * kTile, own_i = digit(x, tiles_i) * kTile;
   const int64_t at[3] = {x / shape.dim[2] / shape.dim[1], x / shape.dim[2] % shape.dim[1],
                          x % shape.dim[2]};
   const int64_t extent[3] = {p.b, p.n, p.h};

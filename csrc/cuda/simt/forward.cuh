@@ -15,10 +15,7 @@ static __global__ void __launch_bounds__(kThreads)
   __shared__ Labels labels;
 
   int64_t x = blockIdx.x;
-  const int64_t r0 = x % grid.tiles * kTile;
-  x /= grid.tiles;
-  const int64_t c0 = x % grid.chunks * kColumns;
-  x /= grid.chunks;
+  const int64_t r0 = digit(x, grid.tiles) * kTile, c0 = digit(x, grid.chunks) * kColumns;
   const int64_t h = x % p.h, b = x / p.h, g = h / (p.h / p.g);
   const int64_t r1 = imin(r0 + kTile, p.s);
 

@@ -9,6 +9,13 @@ struct Grid {
   int64_t tiles, chunks;  // of rows, of columns
 };
 
+// Takes the last digit, of base n, off a block's number.
+__device__ __forceinline__ int64_t digit(int64_t& x, int64_t n) {
+  const int64_t last = x % n;
+  x /= n;
+  return last;
+}
+
 inline int64_t parts(int64_t extent, int64_t part) { return (extent + part - 1) / part; }
 
 template <typename Kernel, typename Params, typename... More>
