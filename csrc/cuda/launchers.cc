@@ -1,5 +1,7 @@
 // The launchers that this build holds. built_kernels.def is made by the build: the rows of
 // kernels.def that it compiled.
+#include <type_traits>
+
 #include "launch.h"
 
 namespace flashjax::cuda {
@@ -11,12 +13,6 @@ enum RowIndex {
 #undef KERNEL
 };
 
-// A launcher is found under the direction that its parameters show.
-[[maybe_unused]] ForwardLauncher as_forward(ForwardLauncher x) { return x; }
-[[maybe_unused]] ForwardLauncher as_forward(BackwardLauncher) { return nullptr; }
-[[maybe_unused]] BackwardLauncher as_backward(BackwardLauncher x) { return x; }
-[[maybe_unused]] BackwardLauncher as_backward(ForwardLauncher) { return nullptr; }
-
 using ForwardParams = FwdParams;
 using BackwardParams = BwdParams;
 
@@ -27,26 +23,26 @@ using BackwardParams = BwdParams;
 #include "built_kernels.def"
 #undef KERNEL
 
-ForwardLauncher forward_launcher(int index) {
+// A launcher is found under the direction that its parameters show.
+template <typename Launcher>
+static Launcher launcher(int index) {
+  [[maybe_unused]] auto found = [](auto* x) -> Launcher {
+    if constexpr (std::is_same_v<decltype(x), Launcher>)
+      return x;
+    else
+      return nullptr;
+  };
   switch (index) {
 #define KERNEL(id, ...) \
   case kRow_##id:       \
-    return as_forward(launch_##id);
+    return found(launch_##id);
 #include "built_kernels.def"
 #undef KERNEL
   }
   return nullptr;
 }
 
-BackwardLauncher backward_launcher(int index) {
-  switch (index) {
-#define KERNEL(id, ...) \
-  case kRow_##id:       \
-    return as_backward(launch_##id);
-#include "built_kernels.def"
-#undef KERNEL
-  }
-  return nullptr;
-}
+ForwardLauncher forward_launcher(int index) { return launcher<ForwardLauncher>(index); }
+BackwardLauncher backward_launcher(int index) { return launcher<BackwardLauncher>(index); }
 
 }  // namespace flashjax::cuda
