@@ -100,7 +100,7 @@ struct Decode {
       Place next = boxes.look(piece.n0, lane);
 #pragma unroll 1
       for (int n = piece.n0; n < n1; n++) {
-        const Place at = next;
+        const Place at = boxes.found(next);
         bool odd;
         const int live = boxes.live(n, at, odd);
         next = boxes.look(n + 1, lane);
@@ -122,7 +122,7 @@ struct Decode {
           __syncwarp();
           load(at, lane);
 #pragma unroll 1
-          for (int i = 32; i < count; i += 32) load(boxes.look(n, i + lane), i + lane);
+          for (int i = 32; i < count; i += 32) load(boxes.found(boxes.look(n, i + lane)), i + lane);
           turn.next();
           if (n == piece.n0 && v == 0) hand();
         }

@@ -103,7 +103,7 @@ struct Latent {
 #pragma unroll 1
       for (; m < m1; m++) {
         const int at = m & 1;
-        const Place here = next;
+        const Place here = boxes.found(next);
         bool odd;
         const int live = boxes.live(m, here, odd);
         next = boxes.look(m + 1, lane);
@@ -119,7 +119,7 @@ struct Latent {
           for (int box = rank * own; box < (rank + 1) * own; box++) {
             // The same in all lanes: else each instruction is a loop over them.
             Place from = {__shfl_sync(~0u, here.page, box), __shfl_sync(~0u, here.row, box)};
-            if (box >= 32) from = boxes.look(m, box);
+            if (box >= 32) from = boxes.found(boxes.look(m, box));
             if (!from.good() || !elect_one()) continue;
             const int key = box * a.pages.box;
 #pragma unroll

@@ -122,12 +122,14 @@ struct Boxes {
   const Pages& pages;
   int count;              // of a tile
   int b, n1, begin, end;  // row of the batch; the tile after the last; keys
-  // Where a box of tile n is; -2: nothing of use.
+  // Where a box of tile n is, for `found`: asked for a tile ahead.
   DI Place look(int n, int box) const {
     const int key = n * kKeys + box * pages.box;
-    if (n >= n1 || box >= count || key >= end || key + pages.box <= begin) return {-2, 0};
-    return place(pages, b, key);
+    if (n >= n1 || box >= count || key >= end || key + pages.box <= begin) return {0, -1};
+    return ask_place(pages, b, key);
   }
+  // -2: nothing of use.
+  DI Place found(const Place& x) const { return x.row < 0 ? Place{-2, 0} : checked(pages, x); }
   // How many of tile n are there to be loaded; this lane's first is at `own`. `odd`: one is in a
   // page that does not exist.
   DI int live(int n, const Place& own, bool& odd) const {
@@ -136,7 +138,7 @@ struct Boxes {
     // Pages of so few keys that 32 boxes are not enough for a tile are slow, and right.
 #pragma unroll 1
     for (int i = 32; i < count; i += 32) {
-      const Place more = look(n, i + (threadIdx.x & 31));
+      const Place more = found(look(n, i + (threadIdx.x & 31)));
       live += __popc(__ballot_sync(~0u, more.good()));
       odd |= __any_sync(~0u, more.page == -1);
     }

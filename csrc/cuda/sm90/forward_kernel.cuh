@@ -258,18 +258,23 @@ struct Forward {
       const int hk = a.by_ratio(h), b = span.b(a.p), end = span.end(a.p);
       const int q0 = span.q_row(a.p, span.first(a.p)), q_box = span.q_box(a.p);
       mb_arrive_warp(x.t_empty + 8 * slot);
-      // A lane looks for the box of 16 keys of block j: where those of it that are the sequence's
-      // end, over [pages, page]. 0: past its last key; -1: in no page.
-      auto look = [&](int j) {
+      // A lane looks, a block ahead, for the box of 16 keys of block j.
+      auto look = [&](int j) -> Place {
         const int key = j * N + own;
-        if (16 * lane >= N || (u32)key >= (u32)end) return 0;
-        const Place at = place(a.pages, b, key);
-        return at.good() ? at.page * a.pages.size + at.row + min(box, end - key) : -1;
+        if (16 * lane >= N || (u32)key >= (u32)end) return {0, -1};
+        return ask_place(a.pages, b, key);
       };
-      int next = look(n.end - 1);
+      // Where those of it that are the sequence's end, over [pages, page]. 0: past its last key;
+      // -1: in no page.
+      auto found = [&](const Place& x, int j) {
+        const Place at = checked(a.pages, x);
+        if (x.row < 0) return 0;
+        return at.good() ? at.page * a.pages.size + at.row + min(box, end - j * N - own) : -1;
+      };
+      Place next = look(n.end - 1);
 #pragma unroll 1
       for (int j = n.end - 1; j >= n.begin; j--, it++) {
-        const int at = next;
+        const int at = found(next, j);
         next = look(j - 1);
         const u32 st = it % kStages, bar = full + 8 * st, tile = tiles + st * kBytes;
         mb_wait(empty + 8 * st, ((it / kStages) & 1) ^ 1);

@@ -21,11 +21,16 @@ struct Place {
 };
 
 // Key `key` of batch row b, which must be less than per_row * size, or size. An entry that does not
-// exist has no keys (sequence.h), so it is not looked for.
-DI Place place(const Pages& p, int b, int key) {
+// exist has no keys (sequence.h), so it is not looked for. The page is what the table says, which
+// is yet to be checked: who reads it waits for the memory.
+DI Place ask_place(const Pages& p, int b, int key) {
   if (!p.table) return {p.entry ? p.entry[b] : b, key};
-  const int at = key / p.size, page = p.table[(long long)b * p.per_row + at];
-  return {page >= 0 && page < p.count ? page : -1, key - at * p.size};
+  const int at = key / p.size;
+  return {p.table[(long long)b * p.per_row + at], key - at * p.size};
 }
+DI Place checked(const Pages& p, const Place& x) {
+  return {(u32)x.page < (u32)p.count ? x.page : -1, x.row};
+}
+DI Place place(const Pages& p, int b, int key) { return checked(p, ask_place(p, b, key)); }
 
 }  // namespace flashjax::sm90
