@@ -89,11 +89,6 @@ Gap gap(const Kernel& k, const Facts& f, int arch) {
   if (f.d < 1 || f.d > k.d || f.e < 1 || f.e > k.e || f.d % k.unit || f.e % k.unit)
     g.add(4, "takes head dims up to d = " + std::to_string(k.d) + ", e = " + std::to_string(k.e) +
                  (k.unit > 1 ? ", multiples of " + std::to_string(k.unit) : ""));
-  // A box of columns that are all past the end faults in a map that begins before the array, as
-  // those of sequences do (sm90/host.h).
-  if (k.whole && (f.d <= k.d - 64 || f.e <= k.e - 64))
-    g.add(4, "takes such calls with more than d = " + std::to_string(k.d - 64) +
-                 ", e = " + std::to_string(k.e - 64));
   if (uint32_t missing = f.features & ~k.features)
     g.add(2, "does not take " + feature_names(missing));
   if (k.few && f.queries > k.m)
@@ -147,7 +142,6 @@ KernelTable kernels() {
    is_one_of(#variant, "kDecode", "kLatent"),                                                \
    is_one_of(#variant, "kLatent"),                                                           \
    is_one_of(#variant, "kPaged", "kPagedScores"),                                            \
-   is_one_of(#variant, "kSequences", "kScores", "kPaged", "kPagedScores"),                   \
    ci != 0,                                                                                  \
    built_for(#id),                                                                           \
    kRow_##id},

@@ -72,7 +72,6 @@ struct Kernel {
   bool few;     // m is the most queries of a key head that it serves, all heads of a group together
   bool shared;  // it serves calls whose values are columns of the keys, and no others
   bool paged;   // it serves many queries against keys in pages, and no others
-  bool whole;   // it has no place for head dims that leave the last 64 columns empty
   bool ci;
   const char* built;  // the archs that this build holds it for: "80,86,", "75+,"; null: none
   int index;          // its place in the table

@@ -87,8 +87,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   if (heads == 0) return cudaSuccess;
   // Rows of one length, too, if there are enough of them that a plan is worth it.
   if constexpr (D <= 128 && K::kMask && !kScore)
-    // Its maps begin before their arrays, where no box may be past the last column (host.h).
-    if (has_lone_tiles(p) && p.d > D - 64 && p.e > D - 64 && (kSpan || p.b * p.g >= 2 * device.sms))
+    if (has_lone_tiles(p) && (kSpan || p.b * p.g >= 2 * device.sms))
       return launch_lone_backward<kType, D>(p, device, near, chunk, stream);
   if (blocks > INT32_MAX || query_tiles > INT32_MAX || heads * rows > INT32_MAX || p.s >= 1 << 29 ||
       p.t >= 1 << 27 || p.h > 65535 || p.b > 65535)

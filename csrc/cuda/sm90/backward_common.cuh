@@ -265,13 +265,32 @@ struct BackwardProducer {
     fence_async();
   }
 
+  // What boxes that are not asked for would have filled, of all stages. By all threads of the CTA.
+  static DI void clear_rest(const Problem& p, const Layout& x, int k_stages) {
+    const int dc = chunks_of(p.d), ec = chunks_of(p.e);
+    for (int i = 0; i < k_stages; i++) clear_chunks(x.k + i * N * kChunks * 128, N, dc, kChunks);
+    clear_chunks(x.v, N, ec, kChunks);
+    for (int i = 0; i < kStages; i++) {
+      clear_chunks(x.q + i * K::kQBytes, M, dc, kChunks);
+      clear_chunks(x.o + i * K::kQBytes, M, ec, kChunks);
+    }
+    fence_async();
+  }
+
+  // Bytes of `rows` rows of `width` columns.
+  static DI u32 bytes(int rows, int width) {
+    return rows * 128 * (K::kSpan ? chunks_of(width) : kChunks);
+  }
+
   // The keys of a tile, of K or V; `full` expects them.
-  static DI void load_keys(const TMap& map, const Problem& p, u32 to, const Tile& tile, u32 full) {
+  static DI void load_keys(const TMap& map, const Problem& p, u32 to, const Tile& tile, u32 full,
+                           int width) {
     const auto rows = tile.rows();
     const int row = rows.k_row(p, rows.first(p)), box = rows.k_box(p);
 #pragma unroll(K::kMask ? 1 : kChunks)
     for (int c = 0; c < kChunks; c++)
-      tma_load(to + c * N * 128, &map, full, c * 64, row, tile.g, box, kEvictFirst);
+      if (!K::kSpan || c * 64 < width)
+        tma_load(to + c * N * 128, &map, full, c * 64, row, tile.g, box, kEvictFirst);
   }
 
   // The queries of one step; `it` counts the steps of a CTA, here and below.
@@ -280,18 +299,20 @@ struct BackwardProducer {
     const auto rows = tile.rows();
     const u32 s = it % kStages;
     // M rows, and a number of each, once a stage is free.
-    auto put = [&](const TMap& map, u32 to, u32 numbers, u32 empty, u32 full, const float* from) {
+    auto put = [&](const TMap& map, u32 to, u32 numbers, u32 empty, u32 full, const float* from,
+                   int width) {
       mb_wait(empty + 8 * s, ~(it / kStages) & 1);
-      mb_expect(full + 8 * s, K::kQBytes + M * 4);
+      mb_expect(full + 8 * s, bytes(M, width) + M * 4);
 #pragma unroll(K::kMask ? 1 : kChunks)
       for (int c = 0; c < kChunks; c++)
-        tma_load(to + s * K::kQBytes + c * M * 128, &map, full + 8 * s, c * 64,
-                 rows.q_row(a.p, at.m * M), at.h, rows.q_box(a.p), kEvictLast);
+        if (!K::kSpan || c * 64 < width)
+          tma_load(to + s * K::kQBytes + c * M * 128, &map, full + 8 * s, c * 64,
+                   rows.q_row(a.p, at.m * M), at.h, rows.q_box(a.p), kEvictLast);
       const int row = (rows.b(a.p) * a.p.h + at.h) * a.rows + rows.padded(a.p) + at.m * M;
       bulk_load(numbers + s * M * 4, from + row, M * 4, full + 8 * s);
     };
-    put(mq, x.q, x.lse, x.q_empty, x.q_full, a.lse2);
-    put(mdo, x.o, x.delta, x.o_empty, tile.clean ? x.o_raw : x.o_full, a.delta);
+    put(mq, x.q, x.lse, x.q_empty, x.q_full, a.lse2, a.p.d);
+    put(mdo, x.o, x.delta, x.o_empty, tile.clean ? x.o_raw : x.o_full, a.delta, a.p.e);
   }
 
   // Rows of dO whose P is 0 become 0, for 0 * NaN is NaN, if tile.clean. `raw` has the parity of
@@ -321,13 +342,15 @@ struct BackwardProducer {
 
 // Chunks of 64 columns of dK and dV to memory, from `first` on; the store clips ragged rows and
 // columns. A chunk is `k_chunk` and `v_chunk` bytes from the next.
-template <int kCount>
-DI void store_keys(const TMap& mdk, const TMap& mdv, u32 dk, int k_chunk, u32 dv, int v_chunk,
-                   int first, int row, int head, int box) {
+template <class K, int kCount>
+DI void store_keys(const TMap& mdk, const TMap& mdv, const Problem& p, u32 dk, int k_chunk, u32 dv,
+                   int v_chunk, int first, int row, int head, int box) {
 #pragma unroll
   for (int c = first; c < first + kCount; c++) {
-    tma_store(&mdv, dv + c * v_chunk, c * 64, row, head, box);
-    tma_store(&mdk, dk + c * k_chunk, c * 64, row, head, box);
+    if (!K::kSpan || (c * 64 < p.e && row < p.t))
+      tma_store(&mdv, dv + c * v_chunk, c * 64, row, head, box);
+    if (!K::kSpan || (c * 64 < p.d && row < p.t))
+      tma_store(&mdk, dk + c * k_chunk, c * 64, row, head, box);
   }
 }
 
@@ -356,15 +379,17 @@ DI void mask_row(float (&x)[kCount], int half, int least, int most) {
 // To shared memory in 16 bits, times f: this lane's `row` of a swizzled tile at `to`, whose chunks
 // of 64 columns are `chunk` bytes apart. Lanes 8 to 15 name rows 8 further.
 template <bool F16, int kCount>
-DI void put_rows(const float (&x)[kCount], u32 to, int chunk, int row, float f) {
+DI void put_rows(const float (&x)[kCount], u32 to, int chunk, int row, float f,
+                 int columns = 1 << 30) {
   const int right = (threadIdx.x & 31) >> 4;
 #pragma unroll
   for (int s = 0; s < kCount / 8; s++)
-    stmatrix4(to + (s / 4) * chunk + row * 128 + (((2 * (s % 4) + right) ^ (row & 7)) << 4),
-              pack<F16>(x[8 * s] * f, x[8 * s + 1] * f),
-              pack<F16>(x[8 * s + 2] * f, x[8 * s + 3] * f),
-              pack<F16>(x[8 * s + 4] * f, x[8 * s + 5] * f),
-              pack<F16>(x[8 * s + 6] * f, x[8 * s + 7] * f));
+    if (s / 4 * 64 < columns)
+      stmatrix4(to + (s / 4) * chunk + row * 128 + (((2 * (s % 4) + right) ^ (row & 7)) << 4),
+                pack<F16>(x[8 * s] * f, x[8 * s + 1] * f),
+                pack<F16>(x[8 * s + 2] * f, x[8 * s + 3] * f),
+                pack<F16>(x[8 * s + 4] * f, x[8 * s + 5] * f),
+                pack<F16>(x[8 * s + 6] * f, x[8 * s + 7] * f));
 }
 
 // The same of a tile whose warpgroups hold it transposed: of its 4 parts of 32 columns the one of

@@ -88,6 +88,7 @@ struct Backward {
         for (int i = 0; i < kTileStages; i++) mb_init(x.bias_full + 8 * i, 1);
       Producer::init(x, clears);
     }
+    if constexpr (kSpan) Producer::clear_rest(a.p, x, kKStages);
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
@@ -173,8 +174,8 @@ struct Backward {
         tile = put_key_tile<Backward>(a, i, x.span + (k & 1) * kSpanSlot);
       else
         tile = key_tile<Backward>(a, i);
-      mb_expect(full, kKBytes);
-      Producer::load_keys(mk, a.p, x.k + (k % kKStages) * kKBytes, tile, full);
+      mb_expect(full, Producer::bytes(N, a.p.d));
+      Producer::load_keys(mk, a.p, x.k + (k % kKStages) * kKBytes, tile, full, a.p.d);
       Walk at(tile);
       u32 left = tile.steps();
       // V after the queries of the first step, since the last key tile frees it later.
@@ -187,10 +188,10 @@ struct Backward {
         }
         if (first) {
           mb_wait(x.v_empty, ~k & 1);
-          mb_expect(x.v_full, kKBytes);
+          mb_expect(x.v_full, Producer::bytes(N, a.p.e));
           Producer::load_keys(mv, a.p, x.v,
                               kLean ? tile_of(a, x, load_int(x.item), k) : now<true>(a, tile),
-                              x.v_full);
+                              x.v_full, a.p.e);
         }
       }
       if (kStays && !a.yields) {

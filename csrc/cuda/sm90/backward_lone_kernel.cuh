@@ -59,6 +59,7 @@ struct LoneBackward {
       mb_init(x.v_full, 1), mb_init(x.v_empty, 2);
       Producer::init(x, true);
     }
+    if constexpr (kSpan) Producer::clear_rest(a.p, x, 2);
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
@@ -110,8 +111,8 @@ struct LoneBackward {
         return;
       }
       const Tile tile = put_key_tile<LoneBackward>(a, i, x.span + (k & 1) * kSpanSlot);
-      mb_expect(full, kKBytes);
-      Producer::load_keys(mk, a.p, x.k + (k & 1) * kKBytes, tile, full);
+      mb_expect(full, Producer::bytes(N, a.p.d));
+      Producer::load_keys(mk, a.p, x.k + (k & 1) * kKBytes, tile, full, a.p.d);
       Walk at(tile);
       u32 left = tile.steps();
       // V after the queries of the first step, since the last key tile frees it later.
@@ -121,8 +122,8 @@ struct LoneBackward {
       };
       if (left) step();
       mb_wait(x.v_empty, ~k & 1);
-      mb_expect(x.v_full, kKBytes);
-      Producer::load_keys(mv, a.p, x.v, tile, x.v_full);
+      mb_expect(x.v_full, Producer::bytes(N, a.p.e));
+      Producer::load_keys(mv, a.p, x.v, tile, x.v_full, a.p.e);
 #pragma unroll 1
       while (left) step();
       if (!a.yields) i = take();
@@ -134,16 +135,18 @@ struct LoneBackward {
                               const Tile& tile, const Walk& at, u32 it) {
     const auto rows = tile.rows();
     const u32 s = it % kStages;
-    auto put = [&](const TMap& map, u32 to, u32 empty, u32 full) {  // once a stage is free
+    auto put = [&](const TMap& map, u32 to, u32 empty, u32 full,
+                   int width) {  // once a stage is free
       mb_wait(empty + 8 * s, ~(it / kStages) & 1);
-      mb_expect(full + 8 * s, kQBytes);
+      mb_expect(full + 8 * s, Producer::bytes(M, width));
 #pragma unroll 1
       for (int c = 0; c < kChunks; c++)
-        tma_load(to + s * kQBytes + c * M * 128, &map, full + 8 * s, c * 64,
-                 rows.q_row(a.p, at.m * M), at.h, rows.q_box(a.p), kEvictLast);
+        if (c * 64 < width)
+          tma_load(to + s * kQBytes + c * M * 128, &map, full + 8 * s, c * 64,
+                   rows.q_row(a.p, at.m * M), at.h, rows.q_box(a.p), kEvictLast);
     };
-    put(mq, x.q, x.q_empty, x.q_full);
-    put(mdo, x.o, x.o_empty, x.o_raw);
+    put(mq, x.q, x.q_empty, x.q_full, a.p.d);
+    put(mdo, x.o, x.o_empty, x.o_raw, a.p.e);
   }
 
   // lse2 = lse * log2(e), +inf where P is to be 0, and of delta what does not follow from P and dP.
@@ -219,8 +222,9 @@ struct LoneBackward {
       for (int w = 0; w < 2; w++) {
         bar_sync(kBarDqFull + w, 160);
         if (elect) {
-          tma_store(&a.dq_map, x.dq + w * (M * D * 2), kByRows ? 0 : w * 64,
-                    row + (kByRows ? w * 64 : 0), at.h, box);
+          if (kByRows ? row + w * 64 < a.p.s : w * 64 < a.p.d)
+            tma_store(&a.dq_map, x.dq + w * (M * D * 2), kByRows ? 0 : w * 64,
+                      row + (kByRows ? w * 64 : 0), at.h, box);
           bulk_commit();
         }
       }

@@ -104,12 +104,12 @@ struct BackwardProducts {
                        const Tile& tile, u32 keys, int cw, int row, bool elect) {
     const u32 to_dv = x.ds + cw * M * 128, to_dk = keys + cw * 8192;
     put_rows<F16>(dv, to_dv, K::kDsBytes, row, 1.f);
-    put_rows<F16>(dk, to_dk, N * 128, row, p.scale);
+    put_rows<F16>(dk, to_dk, N * 128, row, p.scale, K::kSpan ? p.d : D);
     fence_async();
     const int to = tile.k_row(p, tile.first(p) + cw * 64), g = tile.head(p), box = tile.k_box(p);
     bar_sync(K::kBarStore + cw, 128);  // from here on nobody reads the tile's Span
     if (elect) {
-      store_keys<kChunks>(mdk, mdv, to_dk, N * 128, to_dv, K::kDsBytes, 0, to, g, box);
+      store_keys<K, kChunks>(mdk, mdv, p, to_dk, N * 128, to_dv, K::kDsBytes, 0, to, g, box);
       bulk_commit();
     }
   }

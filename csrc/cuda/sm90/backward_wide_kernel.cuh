@@ -66,6 +66,7 @@ struct WideBackward {
       mb_init(x.kv_full, 1);
       Producer::init(x, tile.clean);
     }
+    if constexpr (kSpan) Producer::clear_rest(a.p, x, 1);
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
@@ -84,9 +85,9 @@ struct WideBackward {
 
   static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
                       const BackwardArgs& a, const Layout& x, const Tile& tile) {
-    mb_expect(x.kv_full, 2 * kKBytes);
-    Producer::load_keys(mk, a.p, x.k, tile, x.kv_full);
-    Producer::load_keys(mv, a.p, x.v, tile, x.kv_full);
+    mb_expect(x.kv_full, Producer::bytes(N, a.p.d) + Producer::bytes(N, a.p.e));
+    Producer::load_keys(mk, a.p, x.k, tile, x.kv_full, a.p.d);
+    Producer::load_keys(mv, a.p, x.v, tile, x.kv_full, a.p.e);
     Walk at(tile);
     const u32 steps = tile.steps();
 #pragma unroll 1
@@ -375,7 +376,8 @@ struct WideBackward {
     bar_sync(kBarStore + cw, 128);
     const int row = tile.k_row(p, tile.first(p)), box = tile.k_box(p);
     if (elect) {
-      store_keys<kChunks / 2>(mdk, mdv, x.k, N * 128, x.v, N * 128, own, row, tile.g, box);
+      store_keys<WideBackward, kChunks / 2>(mdk, mdv, p, x.k, N * 128, x.v, N * 128, own, row,
+                                            tile.g, box);
       bulk_commit();
       bulk_wait<0>();
     }

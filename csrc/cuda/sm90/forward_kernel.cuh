@@ -158,7 +158,16 @@ struct Forward {
       mb_init_fence();
       fence_async();
     }
-    if constexpr (kSpan) pdl_wait();  // for the plan
+    if constexpr (kSpan) {
+      const int dc = chunks_of(a.p.d), ec = chunks_of(a.p.e);
+      clear_chunks(x.q, M, dc, D / 64);
+      for (int i = 0; i < kStages; i++) {
+        clear_chunks(x.k + i * kKBytes, N, dc, D / 64);
+        clear_chunks(x.v + i * kVBytes, N, ec, E / 64);
+      }
+      fence_async();
+      pdl_wait();  // for the plan
+    }
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
@@ -178,16 +187,19 @@ struct Forward {
 
   // Brings block i, counted over all tiles, of K or of V.
   template <bool kV>
-  static DI void load(const TMap& map, const Layout& x, int i, int row, int h, int box) {
+  static DI void load(const TMap& map, const Problem& p, const Layout& x, int i, int row, int h,
+                      int box) {
     constexpr int kBytes = kV ? kVBytes : kKBytes;
+    const int width = kV ? p.e : p.d;
     const int st = i % kStages;
     const u32 full = (kV ? x.v_full : x.k_full) + 8 * st;
     mb_wait((kV ? x.v_empty : x.k_empty) + 8 * st, ((i / kStages) & 1) ^ 1);
-    mb_expect(full, kBytes);
+    mb_expect(full, kSpan ? N * 128 * chunks_of(width) : kBytes);
 #pragma unroll
     for (int c = 0; c < (kV ? E : D) / 64; c++)
-      tma_load((kV ? x.v : x.k) + st * kBytes + c * N * 128, &map, full, c * 64, row, h, box,
-               kEvictLast);
+      if (!kSpan || c * 64 < width)
+        tma_load((kV ? x.v : x.k) + st * kBytes + c * N * 128, &map, full, c * 64, row, h, box,
+                 kEvictLast);
   }
 
   static DI void produce(const TMap& mq, const TMap& mk, const TMap& mv, const ForwardArgs& a,
@@ -219,21 +231,22 @@ struct Forward {
       if (kSpan) mb_arrive(x.t_empty + 8 * slot);
       t = kOne ? a.tiles : next;
       if (n.begin >= n.end) continue;
-      load<false>(mk, x, it, k0 + (n.end - 1) * N, hk, box);
+      load<false>(mk, a.p, x, it, k0 + (n.end - 1) * N, hk, box);
       const int qb = w % kQBufs;
       mb_wait(x.q_empty + 8 * qb, ((w / kQBufs) & 1) ^ 1);
       w++;
-      mb_expect(x.q_full + 8 * qb, kQBytes);
+      mb_expect(x.q_full + 8 * qb, kSpan ? M * 128 * chunks_of(a.p.d) : kQBytes);
 #pragma unroll
       for (int c = 0; c < D / 64; c++)
-        tma_load(x.q + qb * kQBytes + c * M * 128, &mq, x.q_full + 8 * qb, c * 64, q0, h, q_box,
-                 kEvictFirst);
+        if (!kSpan || c * 64 < a.p.d)
+          tma_load(x.q + qb * kQBytes + c * M * 128, &mq, x.q_full + 8 * qb, c * 64, q0, h, q_box,
+                   kEvictFirst);
 #pragma unroll 1
       for (int j = n.end - 2; j >= n.begin; j--, it++) {
-        load<false>(mk, x, it + 1, k0 + j * N, hk, box);
-        load<true>(mv, x, it, k0 + (j + 1) * N, hk, box);
+        load<false>(mk, a.p, x, it + 1, k0 + j * N, hk, box);
+        load<true>(mv, a.p, x, it, k0 + (j + 1) * N, hk, box);
       }
-      load<true>(mv, x, it++, k0 + n.begin * N, hk, box);
+      load<true>(mv, a.p, x, it++, k0 + n.begin * N, hk, box);
     }
   }
 
@@ -289,7 +302,7 @@ struct Forward {
         }
         if (first) {
           if (!kV) store_int(x.odd + 4 * st, odd);
-          mb_expect(bar, __popc(found) * (kBytes / N * 16));
+          mb_expect(bar, __popc(found) * (16 * 128 * chunks_of(kV ? a.p.e : a.p.d)));
         }
 #pragma unroll 1
         for (int i = 0; i < N; i += box) {
@@ -297,17 +310,19 @@ struct Forward {
           if (first && to > 0) {
 #pragma unroll
             for (int c = 0; c < (kV ? E : D) / 64; c++)
-              tma_load(tile + (c * N + i) * 128, &map, bar, c * 64, max(0, j * N + i + box - end),
-                       hk, to, kEvictLast);
+              if (c * 64 < (kV ? a.p.e : a.p.d))
+                tma_load(tile + (c * N + i) * 128, &map, bar, c * 64, max(0, j * N + i + box - end),
+                         hk, to, kEvictLast);
           }
         }
         if (kV || j < n.end - 1) continue;
         mb_wait(x.q_empty, (w++ & 1) ^ 1);
         if (first) {
-          mb_expect(x.q_full, kQBytes);
+          mb_expect(x.q_full, M * 128 * chunks_of(a.p.d));
 #pragma unroll
           for (int c = 0; c < D / 64; c++)
-            tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, q0, h, q_box, kEvictFirst);
+            if (c * 64 < a.p.d)
+              tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, q0, h, q_box, kEvictFirst);
         }
       }
     }
@@ -527,7 +542,8 @@ struct Forward {
         if (elect) {
 #pragma unroll
           for (int k = 0; k < E / 64; k++)
-            tma_store(&mo, x.o + k * M * 128 + cw * 8192, k * 64, to, h, box);
+            if (!kSpan || (k * 64 < p.e && to < p.s))
+              tma_store(&mo, x.o + k * M * 128 + cw * 8192, k * 64, to, h, box);
           bulk_commit();
         }
         __syncwarp();

@@ -110,7 +110,8 @@ inline Problem problem(const flashjax::Problem& p) {
   auto bound = [](int64_t x) { return static_cast<int>(x < 0 ? -1 : x > 1 << 29 ? 1 << 29 : x); };
   Problem x{};
   x.b = static_cast<int>(p.b), x.s = static_cast<int>(p.s), x.t = static_cast<int>(p.t);
-  x.h = static_cast<int>(p.h), x.g = static_cast<int>(p.g), x.e = static_cast<int>(p.e);
+  x.h = static_cast<int>(p.h), x.g = static_cast<int>(p.g);
+  x.d = static_cast<int>(p.d), x.e = static_cast<int>(p.e);
   x.left = bound(p.window_left), x.right = bound(p.window_right);
   x.diagonal = p.top_left ? 0 : x.t - x.s;
   x.scale = p.scale, x.softcap = p.softcap, x.inv_cap = p.softcap != 0 ? 1 / p.softcap : 0;

@@ -19,7 +19,7 @@ struct Divider {
 };
 
 struct Problem {
-  int b, s, t, h, g, e;                              // as in params.h; all of them below 2^30
+  int b, s, t, h, g, d, e;                           // as in params.h; all of them below 2^30
   int left, right;                                   // window; -1: unbounded. At most 2^30
   int diagonal;                                      // query i sits on key i + diagonal
   float scale, softcap, inv_cap;                     // softcap 0: off; 1 / softcap

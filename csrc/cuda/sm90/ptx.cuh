@@ -343,6 +343,16 @@ DI void clear_rows(u32 tile, int rows, int r0, u32 dead) {
           0.f, 0.f, 0.f);
 }
 
+// Chunks of 64 columns that hold some of `width`. Boxes of others lie wholly outside a map, which
+// must not be where the map begins before its array (sequence_map): they are not asked for, and
+// what they would have filled is cleared once.
+DI int chunks_of(int width) { return (width + 63) / 64; }
+// By all threads of the CTA; a fence and a barrier must follow.
+DI void clear_chunks(u32 tile, int rows, int begin, int end) {
+  for (int i = begin * rows * 8 + (int)threadIdx.x; i < end * rows * 8; i += (int)blockDim.x)
+    store_shared4(tile + i * 16, 0.f, 0.f, 0.f, 0.f);
+}
+
 // The transpose of an 8 x 8 matrix of 16-bit elements, of which a lane has (lane / 4, 2 (lane % 4))
 // and its neighbour.
 DI u32 transpose_matrix(u32 x) {
