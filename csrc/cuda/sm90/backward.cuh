@@ -49,9 +49,15 @@ inline bool writes_dbias(const BwdParams& p, bool shared) {
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   static_assert(D == E);
+  // Of rows of one length: some query may see nothing, if its window lies before the first key or
+  // after the last.
+  const int64_t diagonal = p.top_left ? 0 : p.t - p.s;
+  const bool sees_nothing = (p.window_right >= 0 && diagonal + p.window_right < 0) ||
+                            (p.window_left >= 0 && p.s - 1 + diagonal - p.window_left >= p.t);
   if constexpr (M == 80) {  // one stage of K: a key tile begins late, which short rows do not make
                             // up for
-    if (p.s < 4096)
+    constexpr bool kMask = kVariant != cuda::Variant::kFull;
+    if (p.s < (kMask ? 8192 : 4096) || (kMask && (p.deterministic || sees_nothing)))
       return launch_backward<kType, D, E, 64, N, cuda::Variant::kMasked>(p, device, stream);
   }
   constexpr bool kF16 = kType == DType::kF16;
@@ -124,10 +130,8 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
     }
   }
   a.deterministic = p.deterministic, a.reverse = p.deterministic && a.p.right >= 0;
-  // A query may see nothing if its window lies before the first key or after the last, or if scores
-  // say so; of sequences their Spans say it.
-  a.clean = kScore || (!kSpan && ((a.p.right >= 0 && a.p.diagonal + a.p.right < 0) ||
-                                  (a.p.left >= 0 && a.p.s - 1 + a.p.diagonal - a.p.left >= a.p.t)));
+  // Scores may say so, too; of sequences their Spans say it.
+  a.clean = kScore || (!kSpan && sees_nothing);
 
   cudaError_t error = cudaSuccess;
   auto check = [&](cudaError_t x) { error = cuda::first_error(error, x); };

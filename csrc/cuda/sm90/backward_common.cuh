@@ -148,17 +148,19 @@ struct Piece {
 template <class K>
 DI KeyTile<false> key_tile(const BackwardArgs& a, int i) {
   const Problem& p = a.p;
-  const Piece piece(a.cut, i);
+  const Piece piece(K::kPlain ? Cut{1 << 30} : a.cut, i);
   const Turn at(K::kMask ? a.group : 1, piece.tile, a.nblocks, p.b * p.g);
   const int n = ranked(a, at.rank);
   KeyTile<false> x;
   x.heads = a.ratio, x.g = at.head % p.g, x.first_head = x.g * x.heads;
   x.dense_first = n * K::kN, x.dense_b = at.head / p.g, x.dense_head = x.g;
-  x.clean = K::kMask && a.clean;
+  x.clean = K::kMask && !K::kPlain && a.clean;
   x.blocks = queries_of<K>(a, n);
-  x.start = x.blocks.begin + (int)__umulhi(n * a.stagger, x.blocks.end - x.blocks.begin);
+  x.start = x.blocks.begin;
+  if (!K::kPlain) x.start += (int)__umulhi(n * a.stagger, x.blocks.end - x.blocks.begin);
   x.skipped = piece.begin;
-  x.count = min(piece.end, x.heads * (x.blocks.end - x.blocks.begin)) - piece.begin;
+  x.count = x.heads * (x.blocks.end - x.blocks.begin);
+  if (!K::kPlain) x.count = min(piece.end, x.count) - piece.begin;
   return x;
 }
 
@@ -287,7 +289,7 @@ struct BackwardProducer {
                            int width) {
     const auto rows = tile.rows();
     const int row = rows.k_row(p, rows.first(p)), box = rows.k_box(p);
-#pragma unroll(K::kMask ? 1 : kChunks)
+#pragma unroll(K::kMask && !K::kPlain ? 1 : kChunks)
     for (int c = 0; c < kChunks; c++)
       if (!K::kSpan || c * 64 < width)
         tma_load(to + c * N * 128, &map, full, c * 64, row, tile.g, box, kEvictFirst);
@@ -303,7 +305,7 @@ struct BackwardProducer {
                    int width) {
       mb_wait(empty + 8 * s, ~(it / kStages) & 1);
       mb_expect(full + 8 * s, bytes(M, width) + M * 4);
-#pragma unroll(K::kMask ? 1 : kChunks)
+#pragma unroll(K::kMask && !K::kPlain ? 1 : kChunks)
       for (int c = 0; c < kChunks; c++)
         if (!K::kSpan || c * 64 < width)
           tma_load(to + s * K::kQBytes + c * M * 128, &map, full + 8 * s, c * 64,

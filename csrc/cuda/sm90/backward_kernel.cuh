@@ -45,8 +45,10 @@ struct Backward {
   static constexpr int kSmem = (kKStages + 1) * kKBytes + kTileStages * kTileBytes +
                                2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
                                2 * kStages * M * 4 + 384 + 1024;
-  static constexpr bool kCuts = kStays && !kSpan;  // see Cut
-  static constexpr int kSaidTogether = 4;          // visits, see add_tile
+  // Under a mask registers suffice for M = 80 only where nothing is cleaned, nor ordered, nor cut.
+  static constexpr bool kPlain = kMask && M == 80;
+  static constexpr bool kCuts = kStays && !kSpan && !kPlain;  // see Cut
+  static constexpr int kSaidTogether = 4;                     // visits, see add_tile
   static_assert(N == 128 && (D == 64 || D == 128) && kSmem <= 232448 &&
                 (M == 64 || (M == 128 && D == 64) || (M == 80 && D == 128)));
   // dV waits for its store in the buffer of dS, a warpgroup's in its own halves, and dK over K.
@@ -78,7 +80,7 @@ struct Backward {
     const Layout x((smem_u32(smem_raw) + 1023) & ~1023u);
     const int wg = __shfl_sync(~0u, threadIdx.x >> 7, 0);
     const bool clears =
-        kSpan || (kMask && a.clean);  // of sequences each tile says whether it has to be
+        kSpan || (kMask && !kPlain && a.clean);  // of sequences each tile says whether it has to be
     if (threadIdx.x == 0) {
       for (int i = 0; i < 2; i++)
         mb_init(x.k_full + 8 * i, 1), mb_init(x.k_empty + 8 * i, 3 + clears);
@@ -165,6 +167,7 @@ struct Backward {
       mb_wait(x.k_empty + 8 * (k % kKStages), ~(k / kKStages) & 1);
       const bool end = i >= items || (k > 0 && (a.yields || !kStays));
       store_int(x.item + 4 * (k % kKStages), end ? -1 : i);
+      if (kLean) store_int(x.item + 4, k);  // there is one stage of K: a place that is free
       if (end) {
         mb_arrive(full);
         return;
@@ -187,13 +190,14 @@ struct Backward {
           left--, it++, at.next(here);
         }
         if (first) {
-          mb_wait(x.v_empty, ~k & 1);
+          mb_wait(x.v_empty, ~(kLean ? load_int(x.item + 4) : k) & 1);
           mb_expect(x.v_full, Producer::bytes(N, a.p.e));
           Producer::load_keys(mv, a.p, x.v,
                               kLean ? tile_of(a, x, load_int(x.item), k) : now<true>(a, tile),
                               x.v_full, a.p.e);
         }
       }
+      if (kLean) k = load_int(x.item + 4);
       if (kStays && !a.yields) {
         if (kLean) i = load_int(x.item);
         const int first = i - a.cut.whole;  // of a range
@@ -290,7 +294,7 @@ struct Backward {
   }
 
   static DI void add_tile(const BackwardArgs& a, const Layout& x, const Tile& tile, u32 k) {
-    const bool elect = (threadIdx.x & 31) == 0, ordered = kMask && a.deterministic;
+    const bool elect = (threadIdx.x & 31) == 0, ordered = kMask && !kPlain && a.deterministic;
     const int padded = tile.padded(a.p) / 64;
     auto entry = [&](const Walk& at) {  // of `visits`
       return padded + at.h * (a.rows / 64) + at.m * (M / 64);

@@ -19,7 +19,8 @@ struct LoneBackward {
   static constexpr int M = D == 64 ? 128 : 64, N = 128, kD = D, kM = M, kN = N;
   static constexpr int kStages = 2, kChunks = D / 64, kThreads = 384, kStoreRows = 64;
   static constexpr int kConsumerRegs = 232, kProducerRegs = 40;
-  static constexpr bool kMask = true, kSpan = true, kScore = false, kCounts = false;
+  static constexpr bool kMask = true, kSpan = true, kScore = false, kCounts = false, kCuts = false,
+                        kPlain = false;
   using Producer = BackwardProducer<LoneBackward>;
   using Products = BackwardProducts<LoneBackward>;
   using Tile = KeyTile<true>;

@@ -20,7 +20,7 @@ struct WideBackward {
                         kScore = kOptions & kBackwardScores, kBias = kOptions & kBackwardBias;
   using Tile = KeyTile<kSpan>;
   static constexpr bool kByRows = false, kCounts = false, kStays = false, kCuts = false,
-                        kTransposed = false;
+                        kTransposed = false, kPlain = false;
   static constexpr int kConsumerRegs = 240, kProducerRegs = 24;
   static constexpr int kOwn = N / 2;  // keys whose scores a warpgroup computes
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kPBytes = M * N * 2;
