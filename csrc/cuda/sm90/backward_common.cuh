@@ -291,7 +291,7 @@ struct BackwardProducer {
     const int row = rows.k_row(p, rows.first(p)), box = rows.k_box(p);
 #pragma unroll(K::kMask && !K::kPlain ? 1 : kChunks)
     for (int c = 0; c < kChunks; c++)
-      if (!K::kSpan || c * 64 < width)
+      if (!K::kSpan || has_chunk(c, width))
         tma_load(to + c * N * 128, &map, full, c * 64, row, tile.g, box, kEvictFirst);
   }
 
@@ -307,7 +307,7 @@ struct BackwardProducer {
       mb_expect(full + 8 * s, bytes(M, width) + M * 4);
 #pragma unroll(K::kMask && !K::kPlain ? 1 : kChunks)
       for (int c = 0; c < kChunks; c++)
-        if (!K::kSpan || c * 64 < width)
+        if (!K::kSpan || has_chunk(c, width))
           tma_load(to + s * K::kQBytes + c * M * 128, &map, full + 8 * s, c * 64,
                    rows.q_row(a.p, at.m * M), at.h, rows.q_box(a.p), kEvictLast);
       const int row = (rows.b(a.p) * a.p.h + at.h) * a.rows + rows.padded(a.p) + at.m * M;
@@ -349,9 +349,9 @@ DI void store_keys(const TMap& mdk, const TMap& mdv, const Problem& p, u32 dk, i
                    int v_chunk, int first, int row, int head, int box) {
 #pragma unroll
   for (int c = first; c < first + kCount; c++) {
-    if (!K::kSpan || (c * 64 < p.e && row < p.t))
+    if (!K::kSpan || (has_chunk(c, p.e) && row < p.t))
       tma_store(&mdv, dv + c * v_chunk, c * 64, row, head, box);
-    if (!K::kSpan || (c * 64 < p.d && row < p.t))
+    if (!K::kSpan || (has_chunk(c, p.d) && row < p.t))
       tma_store(&mdk, dk + c * k_chunk, c * 64, row, head, box);
   }
 }

@@ -142,7 +142,7 @@ struct LoneBackward {
       mb_expect(full + 8 * s, Producer::bytes(M, width));
 #pragma unroll 1
       for (int c = 0; c < kChunks; c++)
-        if (c * 64 < width)
+        if (has_chunk(c, width))
           tma_load(to + s * kQBytes + c * M * 128, &map, full + 8 * s, c * 64,
                    rows.q_row(a.p, at.m * M), at.h, rows.q_box(a.p), kEvictLast);
     };

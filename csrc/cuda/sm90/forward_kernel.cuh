@@ -197,7 +197,7 @@ struct Forward {
     mb_expect(full, kSpan ? N * 128 * chunks_of(width) : kBytes);
 #pragma unroll
     for (int c = 0; c < (kV ? E : D) / 64; c++)
-      if (!kSpan || c * 64 < width)
+      if (!kSpan || has_chunk(c, width))
         tma_load((kV ? x.v : x.k) + st * kBytes + c * N * 128, &map, full, c * 64, row, h, box,
                  kEvictLast);
   }
@@ -238,7 +238,7 @@ struct Forward {
       mb_expect(x.q_full + 8 * qb, kSpan ? M * 128 * chunks_of(a.p.d) : kQBytes);
 #pragma unroll
       for (int c = 0; c < D / 64; c++)
-        if (!kSpan || c * 64 < a.p.d)
+        if (!kSpan || has_chunk(c, a.p.d))
           tma_load(x.q + qb * kQBytes + c * M * 128, &mq, x.q_full + 8 * qb, c * 64, q0, h, q_box,
                    kEvictFirst);
 #pragma unroll 1
@@ -279,7 +279,7 @@ struct Forward {
       };
       // Where those of it that are the sequence's end, over [pages, page]. 0: past its last key;
       // -1: in no page.
-      auto found = [&](const Place& x, int j) {
+      auto where = [&](const Place& x, int j) {
         const Place at = checked(a.pages, x);
         if (x.row < 0) return 0;
         return at.good() ? at.page * a.pages.size + at.row + min(box, end - j * N - own) : -1;
@@ -287,7 +287,7 @@ struct Forward {
       Place next = look(n.end - 1);
 #pragma unroll 1
       for (int j = n.end - 1; j >= n.begin; j--, it++) {
-        const int at = found(next, j);
+        const int at = where(next, j);
         next = look(j - 1);
         const u32 st = it % kStages, bar = full + 8 * st, tile = tiles + st * kBytes;
         mb_wait(empty + 8 * st, ((it / kStages) & 1) ^ 1);
@@ -302,7 +302,8 @@ struct Forward {
         }
         if (first) {
           if (!kV) store_int(x.odd + 4 * st, odd);
-          mb_expect(bar, __popc(found) * (16 * 128 * chunks_of(kV ? a.p.e : a.p.d)));
+          constexpr bool kOneChunk = (kV ? E : D) == 64;
+          mb_expect(bar, __popc(found) * 2048 * (kOneChunk ? 1 : chunks_of(kV ? a.p.e : a.p.d)));
         }
 #pragma unroll 1
         for (int i = 0; i < N; i += box) {
@@ -310,7 +311,7 @@ struct Forward {
           if (first && to > 0) {
 #pragma unroll
             for (int c = 0; c < (kV ? E : D) / 64; c++)
-              if (c * 64 < (kV ? a.p.e : a.p.d))
+              if (has_chunk(c, kV ? a.p.e : a.p.d))
                 tma_load(tile + (c * N + i) * 128, &map, bar, c * 64, max(0, j * N + i + box - end),
                          hk, to, kEvictLast);
           }
@@ -318,10 +319,10 @@ struct Forward {
         if (kV || j < n.end - 1) continue;
         mb_wait(x.q_empty, (w++ & 1) ^ 1);
         if (first) {
-          mb_expect(x.q_full, M * 128 * chunks_of(a.p.d));
+          mb_expect(x.q_full, M * 128 * (D == 64 ? 1 : chunks_of(a.p.d)));
 #pragma unroll
           for (int c = 0; c < D / 64; c++)
-            if (c * 64 < a.p.d)
+            if (has_chunk(c, a.p.d))
               tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, q0, h, q_box, kEvictFirst);
         }
       }

@@ -347,6 +347,7 @@ DI void clear_rows(u32 tile, int rows, int r0, u32 dead) {
 // must not be where the map begins before its array (sequence_map): they are not asked for, and
 // what they would have filled is cleared once.
 DI int chunks_of(int width) { return (width + 63) / 64; }
+DI bool has_chunk(int c, int width) { return c == 0 || c * 64 < width; }
 // By all threads of the CTA; a fence and a barrier must follow.
 DI void clear_chunks(u32 tile, int rows, int begin, int end) {
   for (int i = begin * rows * 8 + (int)threadIdx.x; i < end * rows * 8; i += (int)blockDim.x)
