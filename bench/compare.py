@@ -40,7 +40,9 @@ def comparison(before, after, mode) -> str | None:
     for case, impls in found.items():
         old, new = (by_case(result, mode)[case] for result in (before, after))
         ours = f"{clocks(old[OURS]):.2f} -> {clocks(new[OURS]):.2f}" if OURS in impls else "-"
-        rows.append([*problem(next(iter(new.values()))), ours, *(f"{impls[x]:.3f}" if x in impls else "-" for x in names)])
+        rows.append(
+            [*problem(next(iter(new.values()))), ours, *(f"{impls[x]:.3f}" if x in impls else "-" for x in names)]
+        )
     means = [f"{geomean(impls[x] for impls in found.values() if x in impls):.3f}" for x in names]
     rows.append(["mean", *[""] * 5, *means])
     return table(["dtype", "b x s", "heads", "d", "mask", f"{OURS}, million clocks", *names], rows)
