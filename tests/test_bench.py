@@ -6,7 +6,7 @@ import pathlib
 import time
 
 import pytest
-from bench import overlap, report, timing
+from bench import compare, overlap, report, timing
 from bench.builds import Build
 from bench.cells import SUITES
 
@@ -31,6 +31,21 @@ def result(ratio, names=PEERS, slowest=None):
 
 def verdicts(result, mode):
     return report.verdicts(report.ratios(report.by_case(result, mode)), mode)
+
+
+def test_what_changed():
+    """By clocks, where both results have them: twice the time at half the rate is no change."""
+    before, after = result(1.1), result(1.1)
+    for row in before["rows"]:
+        row["sm_mhz"] = 1600.0
+    for row in after["rows"]:
+        row.update(sm_mhz=800.0, ms_median=row["ms_median"] * (2.1 if row["impl"] == "flashjax" else 2))
+    after["rows"] = [row for row in after["rows"] if row["impl"] != "fa4-jax" and row["mode"] == "fwd"]
+    for impls in compare.changes(before, after, "fwd").values():
+        assert impls == pytest.approx({"flashjax": 1.05, "dew-flash-attn": 1.0, "jax.nn-cudnn": 1.0})
+    assert compare.changes(before, after, "bwd") == {}
+    assert compare.comparison(before, after, "bwd") is None
+    assert "1.60 -> 1.68 | 1.050 | 1.000 | 1.000 |" in compare.comparison(before, after, "fwd")
 
 
 @pytest.mark.parametrize(("ratio", "slowest", "met"), [(1.03, None, True), (1.01, None, False), (1.1, 0.95, False)])
