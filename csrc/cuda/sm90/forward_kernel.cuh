@@ -205,10 +205,10 @@ struct Forward {
   static DI void produce(const TMap& mq, const TMap& mk, const TMap& mv, const ForwardArgs& a,
                          const Layout& x) {
     int it = 0, w = 0, round = 0;
-    int t = blockIdx.x;
+    int drawn;  // the ticket of the next tile, which may still be under way
 #pragma unroll 1
-    while (true) {
-      int next = t + gridDim.x;
+    for (int t = blockIdx.x;; t = kOne ? a.tiles : drawn + gridDim.x) {
+      drawn = t;
       const int slot = round & 1;
       if constexpr (kSpan) {
         mb_wait(x.t_full + 8 * slot, (round++ >> 1) & 1);
@@ -219,7 +219,7 @@ struct Forward {
         mb_arrive(x.t_full + 8 * slot);
         round++;
         if (t >= a.tiles) break;
-        if (a.ticket) next = gridDim.x + atomicAdd(a.ticket, 1);
+        if (a.ticket) drawn = atomicAdd(a.ticket, 1);
       } else if (t >= a.tiles) {
         break;
       }
@@ -229,7 +229,6 @@ struct Forward {
                 box = tile.k_box(a.p);
       const int q0 = tile.q_row(a.p, tile.first(a.p)), q_box = tile.q_box(a.p);
       if (kSpan) mb_arrive(x.t_empty + 8 * slot);
-      t = kOne ? a.tiles : next;
       if (n.begin >= n.end) continue;
       load<false>(mk, a.p, x, it, k0 + (n.end - 1) * N, hk, box);
       const int qb = w % kQBufs;
