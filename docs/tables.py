@@ -165,9 +165,27 @@ def scaling_result() -> str:
     return "\n\n".join(parts)
 
 
+def checks() -> str:
+    """How right the kernels are, as far as a GPU has said, and which kernels those were."""
+    lines = []
+    for path in (RESULTS / "h200" / f"{name}.json" for name in ("tests", "quality")):
+        data = json.loads(path.read_text())
+        found = {"tests": f"{data['passed']} passed, {data['failed']} failed"} if "passed" in data else {}
+        for step in ("soak", "jitter"):
+            if step in data:
+                x = data[step]
+                found[step] = f"{x['cases']} calls in {x['seconds']:.0f} s, {len(x['failures'])} wrong"
+        for row in data.get("sanitize", {}).get("rows", []):
+            found[row["tool"]] = f"{len(row['reports'])} reports, {len(row['not_run'])} not run"
+        kernels = f"`{data['csrc_tree'][:12]}`" + (", older than these" if age(data) else "")
+        lines += [[step, outcome, kernels] for step, outcome in found.items()]
+    return report.table(["step", "outcome", "kernels (`git rev-parse HEAD:csrc`)"], lines)
+
+
 BLOCKS = {
     "scaling": scaling_result,
     "support": support,
+    "checks": checks,
     "slots": slots,
     "cpu": lambda: result("cpu/attention.json"),
     "memory": memory_result,
