@@ -211,6 +211,7 @@ template <class K>
 DI int visits_before(const BackwardArgs& a, const KeyTile<K::kSpan>& x, int m) {
   int count = 0;
   const int own = K::kSpan ? x.rank(a.p) : ranked(a, x.dense_first / K::kN);
+  const int b = x.b(a.p), n = x.n(a.p);  // which the warp has to read together
 #pragma unroll 1
   for (int left = own; left > 0; left -= 32) {
     const int rank = left - 1 - (int)(threadIdx.x & 31);
@@ -218,7 +219,7 @@ DI int visits_before(const BackwardArgs& a, const KeyTile<K::kSpan>& x, int m) {
     Blocks blocks;
     if constexpr (K::kSpan) {  // those of a sequence lie side by side
       const Span& y = a.keys[max(rank, 0)];
-      near = near && y.b == x.b(a.p) && y.n == x.n(a.p);
+      near = near && y.b == b && y.n == n;
       blocks = query_blocks(a.p, K::kM, true, y.diagonal, y.first, min(y.first + K::kN, y.k_len),
                             y.begin, y.end, y.q_len);
     } else {
