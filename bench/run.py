@@ -1,7 +1,7 @@
 """The benchmark: times a suite of cells and writes one JSON file.
 
     python -m bench.run --suite cpu --out out/bench-cpu.json
-    python -m bench.run --suite h200-train --suite h200-packed --filter d128 --out out/h200.json
+    python -m bench.run --suite h200-forward --suite h200-packed --filter d128 --out out/h200.json
     python -m bench.report out/bench-cpu.json
 
 `--impl flashjax --impl jax.nn-xla` restricts who is timed; `--build before=SITE` adds another build of flashjax. What

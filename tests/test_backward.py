@@ -5,6 +5,7 @@ gradient.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,10 @@ import pytest
 import oracle
 from cases import BY_ID, CASES, Case, cotangents
 from conftest import ON_GPU
-from harness import check_repeatable, differentiated, expect_decline, to_device
+from flashjax._operation import Call
+from flashjax._slots import in_order
+from flashjax._types import Attrs
+from harness import check_repeatable, differentiated, expect_decline, function, to_device
 
 TRAINED = [pytest.param(case, id=case.id) for case in CASES if case.layout != "cached"]
 
@@ -77,6 +81,47 @@ MANY_BLOCKS = {  # more blocks than a GPU has multiprocessors, whose turns to ad
 def test_deterministic_with_many_blocks(options):
     defaults = {"b": 2, "s": 2048, "t": 2048, "h": 8, "g": 8, "dtype": "bfloat16"}
     check_repeatable(Case("many-blocks", "blocks that wait for each other", **(defaults | options)), "cuda")
+
+
+PARTS = {  # of what a ring computes; on a GPU kernels of one key tile serve most of them
+    "dense": {"b": 2, "h": 2, "s": 150},
+    "many-heads": {"b": 66, "g": 4, "h": 4, "s": 40},
+    "packed": {"h": 4, "g": 2, "s": 300, "layout": "packed", "cu_q": (0, 300), "cu_k": (0, 256)},
+    "window": {"h": 2, "s": 256, "window": (100, 0)},
+    "nothing-seen": {"h": 2, "s": 256, "causal": True, "alignment": "top_left"},
+}
+
+
+@pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
+def test_keys_in_parts(options, implementation):
+    """Gradients from 128 keys at a time, whose `out` and `lse` are those of all 256, as a ring has them."""
+    if implementation == "upstream":
+        pytest.skip("takes no shift")
+    case = Case("parts", "", **{"b": 1, "t": 256, "d": 64, "dtype": "bfloat16" if ON_GPU else "float32", **options})
+    inputs = case.build()
+    dout, dlse = cotangents(case, inputs, oracle.run(case, inputs).lse)
+    want = oracle.run(case, inputs, (dout, dlse)).grads
+    out, lse = function(case, inputs, implementation)(to_device(inputs.arrays))
+    is_packed = case.layout == "packed"
+    q, k, v, *given = (x[None] if is_packed else x for x in (*(inputs.arrays[n] for n in "qkv"), out, lse, dout, dlse))
+    b, s = q.shape[:2]
+    diagonal = 256 - s if case.alignment == "bottom_right" else 0
+    left, right = (-1, 0) if case.causal else case.window
+    attrs = Attrs(case.d**-0.5, window_left=left, window_right=right, top_left=True, part=True)
+    found = {name: np.zeros(want[name].shape) for name in "qkv"}
+    for keys in (slice(0, 128), slice(128, 256)):
+        part = {"q": q, "k": k[:, keys], "v": v[:, keys], "shift": np.full(b, diagonal - keys.start, np.int32)}
+        if is_packed:
+            part |= {"cu_seqlens_q": np.array([[0, s]], np.int32), "cu_seqlens_k": np.array([[0, 128]], np.int32)}
+        call = Call("backward", in_order(part), attrs, in_parts=True)
+        compute = jax.jit(functools.partial(call.compute, implementation))
+        dq, dk, dv = (np.asarray(x, np.float64) for x in compute(*(part[name] for name in call.names), *given))
+        found["q"] += dq.reshape(found["q"].shape)
+        for name, x in (("k", dk), ("v", dv)):
+            found[name][(keys,) if is_packed else (slice(None), keys)] = x[0] if is_packed else x
+    for name, x in found.items():
+        error = np.linalg.norm(x - want[name]) / np.linalg.norm(want[name])
+        assert error < (1e-2 if ON_GPU else 1e-5), (name, error)
 
 
 FEW_TILES = {  # key tiles that are fewer than multiprocessors, or leave some without one at the end

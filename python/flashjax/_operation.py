@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flashjax import _ffi, _reference, _support
@@ -81,7 +82,9 @@ class Call:
                 arrays |= {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
                 return _ffi.backward(arrays, self.attrs, self.wanted, implementation, self.in_parts)
             names = [slot.name for slot in self.results]
-            _, vjp = jax.vjp(self._reference_in(names, arrays), *(arrays[name] for name in names))
+            own, vjp = jax.vjp(self._reference_in(names, arrays), *(arrays[name] for name in names))
+            if self.attrs.part:
+                dout, dlse = _of_part(*own, out, lse, dout, dlse)
             types = self.result_types(operands)
             return [x.astype(dtype) for x, (_, dtype) in zip(vjp((dout, dlse)), types, strict=True)]
         tangents = operands[n + 2 :]
@@ -91,3 +94,14 @@ class Call:
     def _reference_in(self, names, arrays):
         """The reference as a function of some slots."""
         return lambda *xs: _reference.attention(arrays | dict(zip(names, xs, strict=True)), self.attrs)
+
+
+def _of_part(own_out, own_lse, out, lse, dout, dlse):
+    """Cotangents of what some of the keys give, from those of what all give, who take it by exp(own_lse - lse)."""
+    weight = jnp.where(own_lse > -jnp.inf, jnp.exp(own_lse - lse), 0)  # (b, h, s)
+    seen = weight > 0
+    by_row = jnp.moveaxis(weight, 1, 2)[..., None]
+    dout = jnp.where(by_row > 0, dout.astype(jnp.float32), 0)
+    more = jnp.sum(dout * (own_out.astype(jnp.float32) - out.astype(jnp.float32)), axis=-1)
+    own_dlse = jnp.where(seen, weight * (dlse + jnp.moveaxis(more, 1, 2)), 0)
+    return (by_row * dout).astype(own_out.dtype), own_dlse

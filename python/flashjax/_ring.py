@@ -515,6 +515,7 @@ class _Parts:
             max_seqlen_q=-1,
             max_seqlen_k=-1,
             yields=self.strategy == "ring",
+            part=True,
             sequence=Split(),
         )
         names = tuple(name for name in in_order(arrays) if name not in ("out", "lse", "dout", "dlse"))

@@ -9,11 +9,13 @@
 
 namespace flashjax::sm90 {
 
-// Whether a call can go this way. The sum over queries that dsinks is takes statistics, and
-// segment ids are not looked at.
+// Whether a call can go this way. The sum over queries that dsinks is takes statistics, segment ids
+// are not looked at, and delta is summed over the keys of the call, which have to be all that `out`
+// has seen.
 inline bool has_lone_tiles(const BwdParams& p) {
   const int64_t longest = p.max_seqlen_k < 0 ? p.t : std::min(p.t, p.max_seqlen_k);
-  return longest <= 128 && p.b * p.s * p.t * p.h * p.g > 0 && !p.segment_ids_q && !p.dsinks;
+  return longest <= 128 && p.b * p.s * p.t * p.h * p.g > 0 && !p.segment_ids_q && !p.dsinks &&
+         !p.part;
 }
 
 // `near` key heads work beside each other, on queries in pieces of `chunk`.
