@@ -154,7 +154,7 @@ struct Backward {
                       const BackwardArgs& a, const Layout& x) {
     u32 it = 0;
     // Not even the first is a CTA's own: then nobody waits for a CTA that does not run yet. And
-    // none is taken early, or a long key tile would hold the next.
+    // none is taken long before it is worked on, or a long key tile would hold the next.
     auto take = [&]() -> int {
       const int i = atomicAdd(a.ticket, 1);
       return kCuts ? i + max(i - a.cut.whole, 0) : i;
@@ -181,9 +181,19 @@ struct Backward {
       Producer::load_keys(mk, a.p, x.k + (k % kKStages) * kKBytes, tile, full, a.p.d);
       Walk at(tile);
       u32 left = tile.steps();
+      int next = i;
       // V after the queries of the first step, since the last key tile frees it later.
 #pragma unroll 1
       for (bool first = true; first || left; first = false) {
+        // Asked for two steps before it is needed: the memory takes one to answer.
+        if (kStays && !a.yields && (first ? left <= 2 : left == 2)) {
+          if (kLean) i = load_int(x.item);
+          const int of_range = i - a.cut.whole;
+          if (kCuts && of_range >= 0 && of_range % 2 == 0 && Piece(a.cut, i + 1).some())
+            next = i + 1;
+          else
+            next = take();
+        }
         if (left) {
           const Tile here = now<true>(a, tile);
           Producer::load_queries(mq, mdo, a, x, here, at, it);
@@ -198,14 +208,7 @@ struct Backward {
         }
       }
       if (kLean) k = load_int(x.item + 4);
-      if (kStays && !a.yields) {
-        if (kLean) i = load_int(x.item);
-        const int first = i - a.cut.whole;  // of a range
-        if (kCuts && first >= 0 && first % 2 == 0 && Piece(a.cut, i + 1).some())
-          i++;
-        else
-          i = take();
-      }
+      i = next;
     }
   }
 
