@@ -164,9 +164,9 @@ DI KeyTile<false> key_tile(const BackwardArgs& a, int i) {
   return x;
 }
 
-// Of sequences, what lies in shared memory at `span`: a Span, its blocks, and where the walk
-// begins.
-constexpr int kSpanSlot = 96;
+// Of sequences, what lies in shared memory at `span`: a Span, its blocks, where the walk begins,
+// and its turn until the Span is there.
+constexpr int kTurn = 84, kSpanSlot = 96;
 
 template <bool kOneThread = false>
 DI KeyTile<true> key_tile_at(const BackwardArgs& a, u32 span) {
@@ -180,15 +180,20 @@ DI KeyTile<true> key_tile_at(const BackwardArgs& a, u32 span) {
   return x;
 }
 
-// Puts it there. By one thread.
+// Puts it there, once it was asked for. By one thread.
+DI void ask_key_tile(const BackwardArgs& a, int i, u32 span) {
+  const Turn at(a.group, i, *a.key_tiles, a.p.g);
+  store_int(span + kTurn, at.head);
+  store_int(span + kTurn + 4, at.rank);
+#pragma unroll
+  for (int j = 0; j < 4; j++) copy16(span + 16 * j, (const int4*)(a.keys + at.rank) + j);
+}
 template <class K>
-DI KeyTile<true> put_key_tile(const BackwardArgs& a, int i, u32 span) {
+DI KeyTile<true> put_key_tile(const BackwardArgs& a, u32 span) {
   const Problem& p = a.p;
-  const Turn at(a.group, i, *a.key_tiles, p.g);
-#pragma unroll(K::kProducerRegs > 24 ? 4 : 1)
-  for (int j = 0; j < 4; j++) store_int4(span + 16 * j, ((const int4*)(a.keys + at.rank))[j]);
-  store_int(span + __builtin_offsetof(Span, head), at.head);
-  store_int(span + __builtin_offsetof(Span, rank), at.rank);
+  copies_wait();
+  store_int(span + __builtin_offsetof(Span, head), load_int(span + kTurn));
+  store_int(span + __builtin_offsetof(Span, rank), load_int(span + kTurn + 4));
   const Rows<true, true> y{0, 0, 0, span};
   const int first = y.first(p), k_len = y.k_len(p);
   Blocks x = query_blocks(p, K::kM, !K::kScore, y.diagonal(p), first, min(first + K::kN, k_len),

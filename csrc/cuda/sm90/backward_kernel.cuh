@@ -19,7 +19,7 @@ struct Backward {
   static constexpr int kD = D, kM = M, kN = N, kStages = 2, kChunks = D / 64, kThreads = 384,
                        kStoreRows = 64;
   static constexpr int kConsumerRegs = D == 128 && ((kOptions & kBackwardScores) || M == 80) ? 240
-                                       : kOptions & kBackwardScores                          ? 224
+                                       : kOptions & (kBackwardScores | kBackwardSpans)       ? 224
                                                                                              : 232,
                        kProducerRegs = 504 - 2 * kConsumerRegs;
   static constexpr bool kMask = kOptions & kBackwardMasks, kSpan = kOptions & kBackwardSpans,
@@ -173,8 +173,9 @@ struct Backward {
         return;
       }
       Tile tile;
+      if (kSpan && k == 0) ask_key_tile(a, i, x.span);
       if constexpr (kSpan)
-        tile = put_key_tile<Backward>(a, i, x.span + (k & 1) * kSpanSlot);
+        tile = put_key_tile<Backward>(a, x.span + (k & 1) * kSpanSlot);
       else
         tile = key_tile<Backward>(a, i);
       mb_expect(full, Producer::bytes(N, a.p.d));
@@ -193,6 +194,10 @@ struct Backward {
             next = i + 1;
           else
             next = take();
+        }
+        if (kSpan && kStays && !a.yields && (first ? left <= 1 : left == 1) && next < items) {
+          if (kKStages == 2) mb_wait(x.k_empty + 8 * ((k + 1) & 1), ~((k + 1) / 2) & 1);
+          ask_key_tile(a, next, x.span + ((k + 1) & 1) * kSpanSlot);
         }
         if (left) {
           const Tile here = now<true>(a, tile);

@@ -111,7 +111,8 @@ struct LoneBackward {
         mb_arrive(full);
         return;
       }
-      const Tile tile = put_key_tile<LoneBackward>(a, i, x.span + (k & 1) * kSpanSlot);
+      ask_key_tile(a, i, x.span + (k & 1) * kSpanSlot);
+      const Tile tile = put_key_tile<LoneBackward>(a, x.span + (k & 1) * kSpanSlot);
       mb_expect(full, Producer::bytes(N, a.p.d));
       Producer::load_keys(mk, a.p, x.k + (k & 1) * kKBytes, tile, full, a.p.d);
       Walk at(tile);

@@ -53,7 +53,10 @@ struct WideBackward {
     if (kSpan && (int)blockIdx.x >= agreed(*a.key_tiles) * a.p.g) return;
     Tile tile;
     if constexpr (kSpan) {
-      if (threadIdx.x == 0) put_key_tile<WideBackward>(a, blockIdx.x, x.span);
+      if (threadIdx.x == 0) {
+        ask_key_tile(a, blockIdx.x, x.span);
+        put_key_tile<WideBackward>(a, x.span);
+      }
       __syncthreads();
       tile = key_tile_at(a, x.span);
     } else {

@@ -312,6 +312,11 @@ DI int load_int(u32 p) {
 DI void load_int2(int& a, int& b, u32 p) {
   asm volatile("ld.shared.v2.s32 {%0,%1},[%2];" : "=r"(a), "=r"(b) : "r"(p) : "memory");
 }
+// 16 bytes to shared memory, by this thread: there after copies_wait().
+DI void copy16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+DI void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DI void store_int(u32 p, int x) {
   asm volatile("st.shared.s32 [%0], %1;" ::"r"(p), "r"(x) : "memory");
 }
