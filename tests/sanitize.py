@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -168,11 +169,12 @@ def checked(tool, which: list[int], end: float, implementation: str) -> tuple[li
     program = [sys.executable, __file__, "--implementation", implementation]
     while which and time.monotonic() < end:
         command = sanitized(tool, [*program, "--run", *map(str, which)])
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
         try:
             text = process.communicate(timeout=max(1.0, end - time.monotonic()))[0]
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # what it runs, too, which has the other end of the pipe
             text = process.communicate()[0]
         done = [int(i) for i in re.findall(r"^ran (\d+),", text, re.MULTILINE)]
         ran += done
