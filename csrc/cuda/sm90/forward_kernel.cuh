@@ -85,6 +85,7 @@ struct Forward {
   static constexpr int kSlot = 80;   // a tile's Span and Blocks, or its number
   static constexpr int kBarOut = 1;  // named barriers, one a warpgroup
   static_assert(!kSpan || (kDyn && kMask));
+  static_assert(N <= 128);  // columns_before
   static_assert(!kPage || (kSpan && N <= 512));
 
   // Shared memory from an aligned base: q, k, v stages[, out], barriers.
@@ -587,22 +588,13 @@ struct Forward {
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
           const int at = row0 + 8 * hh + diagonal;
-          int limit = end;
-          if (kMask && p.right >= 0) limit = min(limit, at + p.right + 1);
-          limit -= c0;
+          int most = end, least = begin;
+          if (kMask && p.right >= 0) most = min(most, at + p.right + 1);
+          if (kMask && p.left >= 0) least = max(least, at - p.left);
+          const u32 seen = columns_before(most - c0) & ~(kMask ? columns_before(least - c0) : 0u);
 #pragma unroll
-          for (int j = 0; j < N / 8; j++)
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-              if (8 * j + e >= limit) s[4 * j + 2 * hh + e] = -infinity();
-          if (kMask && (p.left >= 0 || n * N < begin)) {
-            const int least = (p.left >= 0 ? max(begin, at - p.left) : begin) - c0;
-#pragma unroll
-            for (int j = 0; j < N / 8; j++)
-#pragma unroll
-              for (int e = 0; e < 2; e++)
-                if (8 * j + e < least) s[4 * j + 2 * hh + e] = -infinity();
-          }
+          for (int i = 0; i < N / 4; i++)
+            if (!(seen >> i & 1)) s[i / 2 * 4 + 2 * hh + i % 2] = -infinity();
         }
         if constexpr (kPage) {
 #pragma unroll
