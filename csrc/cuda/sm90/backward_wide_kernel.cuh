@@ -108,12 +108,6 @@ struct WideBackward {
     Producer::clean_queries(x, tile, it, raw);
   }
 
-  // The first column of a warpgroup's part of dQ.
-  static DI int column(int cw, int part) {
-    if (kMiddle && part == 1) return 64 * kFull + 32 * cw;
-    return (cw * (kChunks - kFull) + part) * 64;
-  }
-
   // dQ in pieces of 64 columns, or 32, of the warpgroups by turns. By a warp.
   static DI void add_dq(const BackwardArgs& a, const Layout& x, const Tile& tile) {
     const bool elect = (threadIdx.x & 31) == 0, ordered = a.deterministic;
@@ -142,9 +136,11 @@ struct WideBackward {
 #pragma unroll 1
         for (int part = 0; part < 4; part++, i++) {
           mb_wait(x.dq_full + 8 * (i % kPieces), i / kPieces & 1);
-          bulk_add_f32(a.acc + (1ll * D * at + column(part % 2, part / 2)) * M,
-                       x.dq + i % kPieces * kPieceBytes,
-                       kMiddle && part >= 2 ? kPieceBytes / 2 : kPieceBytes);
+          const int cw = part % 2;
+          const bool middle = kMiddle && part >= 2;
+          const int chunk = middle ? kFull : cw * (kChunks - kFull) + part / 2;
+          bulk_add_f32(a.acc + (1ll * kChunks * at + chunk) * (M * 64) + (middle ? cw * M * 32 : 0),
+                       x.dq + i % kPieces * kPieceBytes, middle ? kPieceBytes / 2 : kPieceBytes);
           bulk_commit();
           bulk_wait_read<1>();  // of all but this piece
           if (i > 0) mb_arrive(x.dq_empty + 8 * ((i - 1) % kPieces));
