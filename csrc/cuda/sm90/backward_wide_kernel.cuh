@@ -29,7 +29,7 @@ struct WideBackward {
   static constexpr bool kMiddle = kChunks % 2;
   static constexpr int kKBytes = N * D * 2, kVBytes = N * E * 2, kQBytes = M * D * 2,
                        kOBytes = M * E * 2, kPBytes = M * N * 2;
-  // Pieces of dQ on their way to memory: two of a warpgroup in each step, the second of 32 columns
+  // Pieces of dQ on their way to memory: two of a warpgroup in each step, the first of 32 columns
   // if it is of the middle.
   static constexpr int kPieces = kMiddle ? 4 : 3, kPieceBytes = M * 64 * 4;
   static constexpr int kSmem = kKBytes + kVBytes + kQBytes + kOBytes + 3 * kPBytes +
@@ -137,8 +137,8 @@ struct WideBackward {
         for (int part = 0; part < 4; part++, i++) {
           mb_wait(x.dq_full + 8 * (i % kPieces), i / kPieces & 1);
           const int cw = part % 2;
-          const bool middle = kMiddle && part >= 2;
-          const int chunk = middle ? kFull : cw * (kChunks - kFull) + part / 2;
+          const bool middle = kMiddle && part < 2;
+          const int chunk = middle ? kFull : cw * (kChunks - kFull) + (kMiddle ? 0 : part / 2);
           bulk_add_f32(a.acc + (1ll * kChunks * at + chunk) * (M * 64) + (middle ? cw * M * 32 : 0),
                        x.dq + i % kPieces * kPieceBytes, middle ? kPieceBytes / 2 : kPieceBytes);
           bulk_commit();
@@ -373,8 +373,8 @@ struct WideBackward {
         float dq[32], dq_middle[kMiddle ? 16 : 1];
         issue_dk();
         issue_dv();
+        if constexpr (kMiddle) issue_dq(dq_middle, it, t_k_middle);
         issue_dq(dq, it, t_k);
-        if constexpr (kMiddle) issue_dq(dq_middle, it, t_k_middle);  // there are registers for both
         wg_wait<2 + kMiddle>();
         pin_all(dk);
         if constexpr (kMiddle) pin(middle);
@@ -382,20 +382,20 @@ struct WideBackward {
         wg_wait<1 + kMiddle>();
         pin_all(dv);
         if (elect) mb_arrive(x.o_empty);
-        wg_wait<kMiddle>();
-        pin(dq);
-        stage_dq(dq, it, 0);
-        if constexpr (!kMiddle) issue_dq(dq, it, t_k + ((N * 128) >> 4));
-        wg_wait<0>();
-        if constexpr (kMiddle)
+        if constexpr (kMiddle) {
+          wg_wait<1>();
           pin(dq_middle);
-        else
+          stage_dq(dq_middle, it, 0);
+        } else {  // no registers for both
+          wg_wait<0>();
           pin(dq);
+          stage_dq(dq, it, 0);
+          issue_dq(dq, it, t_k + ((N * 128) >> 4));
+        }
+        wg_wait<0>();
+        pin(dq);
         issue_s(it + 1 < steps ? it + 1 : it);
-        if constexpr (kMiddle)
-          stage_dq(dq_middle, it, 1);
-        else
-          stage_dq(dq, it, 1);
+        stage_dq(dq, it, 1);
         if (++m == blocks.end) m = blocks.begin, h++;
       } while (++it < steps);
       wg_wait<0>();
