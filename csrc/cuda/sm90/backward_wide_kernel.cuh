@@ -138,8 +138,10 @@ struct WideBackward {
           mb_wait(x.dq_full + 8 * (i % kPieces), i / kPieces & 1);
           const int cw = part % 2;
           const bool middle = kMiddle && part < 2;
-          const int chunk = middle ? kFull : cw * (kChunks - kFull) + (kMiddle ? 0 : part / 2);
-          bulk_add_f32(a.acc + (1ll * kChunks * at + chunk) * (M * 64) + (middle ? cw * M * 32 : 0),
+          const long long tile = 1ll * kChunks * at;
+          const long long chunk =
+              middle ? tile + kFull : tile + cw * (kChunks - kFull) + (kMiddle ? 0 : part / 2);
+          bulk_add_f32(a.acc + chunk * (M * 64) + (middle ? cw * (M * 32) : 0),
                        x.dq + i % kPieces * kPieceBytes, middle ? kPieceBytes / 2 : kPieceBytes);
           bulk_commit();
           bulk_wait_read<1>();  // of all but this piece
