@@ -310,7 +310,7 @@ struct BackwardProducer {
 #pragma unroll(K::kMask && !K::kPlain ? 1 : kChunks)
       for (int c = 0; c < chunks; c++)
         if (!K::kSpan || has_chunk(c, width))
-          tma_load(to + (s * chunks + c) * M * 128, &map, full + 8 * s, c * 64,
+          tma_load(to + s * (chunks * M * 128) + c * M * 128, &map, full + 8 * s, c * 64,
                    rows.q_row(a.p, at.m * M), at.h, rows.q_box(a.p), kEvictLast);
       const int row = (rows.b(a.p) * a.p.h + at.h) * a.rows + rows.padded(a.p) + at.m * M;
       bulk_load(numbers + s * M * 4, from + row, M * 4, full + 8 * s);
