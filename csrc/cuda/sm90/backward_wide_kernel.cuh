@@ -1,10 +1,10 @@
-// The backward for sm_90a at head dims over 128. One CTA owns N = 80 keys of one key head, and
-// loops over the query heads of the group and over tiles of M = 64 queries. Warpgroup 0 produces:
-// warp 0 loads (TMA), warp 1 clears dO rows of queries that saw nothing. Warpgroups 1 and 2:
+// The backward for sm_90a at head dims over 128. One CTA owns N keys of one key head (80 at D = E =
+// 256), and loops over the query heads of the group and over tiles of M = 64 queries. Warpgroup 0
+// produces: warp 0 loads (TMA), warp 1 adds dQ to memory, from shared memory and at 16 bytes a
+// clock: as long as all the matrix work takes; warp 2 clears dO rows of queries that saw nothing.
+// Warpgroups 1 and 2:
 //   S = Q K', dP = dO V' for a half of the keys; P and dS go to shared memory as keys x queries;
-//   dV' += dO' P, dK' += Q' dS and dQ = dS K for a half of the columns. dQ is added to memory from
-//   registers, at 16 bytes a clock: as long as all the matrix work takes. So the warpgroups do it
-//   in turns: the late one adds dQ of a step while the early one computes the scores of the next.
+//   dV' += dO' P, dK' += Q' dS and dQ = dS K for a half of the columns.
 // Pipeline, barriers, registers and shared memory: docs/kernels/sm90-backward.md.
 #pragma once
 #include "backward_common.cuh"
@@ -23,7 +23,7 @@ struct WideBackward {
                         kTransposed = false, kPlain = false;
   static constexpr int kConsumerRegs = 240, kProducerRegs = 24;
   static constexpr int kOwn = N / 2;  // keys whose scores a warpgroup computes
-  // Of dK and dQ a warpgroup has as many chunks of 64 columns as the other, of dV too. An odd one
+  // A warpgroup has as many chunks of 64 columns of dK and dQ as the other, and of dV. An odd one
   // lies in the middle, and is divided: its dK by keys, its dQ by columns.
   static constexpr int kFull = kChunks / 2, kVFull = kVChunks / 2;
   static constexpr bool kMiddle = kChunks % 2;
@@ -225,15 +225,15 @@ struct WideBackward {
         stmatrix2_trans(at, w[4 * k], w[4 * k + 1]);
     };
     constexpr int kPuts = (kOwn + 15) / 16;
-    auto issue_dq = [&](auto& dq, int it, u32 t_k) {
+    auto issue_dq = [&](auto& dq, int it, u32 t_k, int chunk) {
       constexpr int kColumns = sizeof(dq) / 2;
       pin(dq);
       wg_fence();
 #pragma unroll
       for (int k = 0; k < N / 16; k++)  // dQ = dS K
         Wgmma<kColumns, F16>::template ss<1, 1>(
-            dq, desc(b_ds + ((it % 2 * kPBytes + k * 2048) >> 4)), desc(t_k + ((k * 2048) >> 4)),
-            k > 0);
+            dq, desc(b_ds + ((it % 2 * kPBytes + k * 2048) >> 4)),
+            desc(t_k + ((chunk * N * 128 + k * 2048) >> 4)), k > 0);
       wg_commit();
     };
     auto stage_dq = [&](const auto& dq, int it, int part) {
@@ -375,8 +375,8 @@ struct WideBackward {
         float dq[32], dq_middle[kMiddle ? 16 : 1];
         issue_dk();
         issue_dv();
-        if constexpr (kMiddle) issue_dq(dq_middle, it, t_k_middle);
-        issue_dq(dq, it, t_k);
+        if constexpr (kMiddle) issue_dq(dq_middle, it, t_k_middle, 0);
+        issue_dq(dq, it, t_k, 0);
         wg_wait<2 + kMiddle>();
         pin_all(dk);
         if constexpr (kMiddle) pin(middle);
@@ -392,7 +392,7 @@ struct WideBackward {
           wg_wait<0>();
           pin(dq);
           stage_dq(dq, it, 0);
-          issue_dq(dq, it, t_k + ((N * 128) >> 4));
+          issue_dq(dq, it, t_k, 1);
         }
         wg_wait<0>();
         pin(dq);
