@@ -415,8 +415,8 @@ def _dense():
                window=(20, 10))  # fmt: skip
     yield Case("narrow-values-bias", "scores that are bent, in more than one tile", **narrow, s=130, t=210, h=2, g=1,
                bias="b h s t", window=(150, 0))  # fmt: skip
-    yield Case("narrow-values-packed", "sequences of several tiles", **(narrow | {"b": 1}), layout="packed", s=400, t=500,
-               h=4, g=2, cu_q=(0, 140, 141, 400), cu_k=(0, 250, 300, 500), causal=True)  # fmt: skip
+    yield Case("narrow-values-packed", "sequences of several tiles", **(narrow | {"b": 1}), layout="packed", s=400,
+               t=500, h=4, g=2, cu_q=(0, 140, 141, 400), cu_k=(0, 250, 300, 500), causal=True)  # fmt: skip
     # The forward's other tiles on Hopper, which take more than one to a multiprocessor.
     tall = dict(b=5, h=14, g=7, d=128, dtype="bfloat16")
     yield Case("many-heads-tall", "tiles of 192 queries", **tall, s=190, t=210)
