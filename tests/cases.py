@@ -407,6 +407,16 @@ def _dense():
     )
     yield Case("many-heads-window", "as before, with query tiles that nothing visits", **many, g=16, s=300, t=150, d=64,
                window=(20, 10))  # fmt: skip
+    # Values that are narrower than keys, over several tiles of both.
+    narrow = dict(b=2, d=192, e=128, dtype="bfloat16")
+    yield Case("narrow-values", "no mask, a ragged last tile of keys", **narrow, s=130, t=250, h=2, g=2)
+    yield Case("narrow-values-causal", "as before, with groups", **narrow, s=250, t=340, h=4, g=2, causal=True)
+    yield Case("narrow-values-window", "as before, with rows without keys", **narrow, s=300, t=150, h=2, g=1,
+               window=(20, 10))  # fmt: skip
+    yield Case("narrow-values-bias", "scores that are bent, in more than one tile", **narrow, s=130, t=210, h=2, g=1,
+               bias="b h s t", window=(150, 0))  # fmt: skip
+    yield Case("narrow-values-packed", "sequences of several tiles", **(narrow | {"b": 1}), layout="packed", s=400,
+               t=500, h=4, g=2, cu_q=(0, 140, 141, 400), cu_k=(0, 250, 300, 500), causal=True)  # fmt: skip
     # The forward's other tiles on Hopper, which take more than one to a multiprocessor.
     tall = dict(b=5, h=14, g=7, d=128, dtype="bfloat16")
     yield Case("many-heads-tall", "tiles of 192 queries", **tall, s=190, t=210)
@@ -497,7 +507,7 @@ def _dense():
     yield Case("alibi-bfloat16", "slopes stay float32", alibi="b h", s=70, t=130, window=(90, 0), dtype="bfloat16")
 
     # Head dims that would leave columns of a wide kernel's boxes empty.
-    for d, e in ((128, 64), (256, 80), (160, 160)):
+    for d, e in ((128, 64), (256, 80), (160, 160), (136, 40)):
         more = {"d": d, "e": e, "dtype": "bfloat16", "causal": True}
         yield Case(f"alibi-dims-{d}-{e}", "scores that are bent, in narrow values", alibi="h", s=70, t=70, **more)
         sizes = {"b": 1, "s": 200, "t": 200, "cu_q": (0, 90, 170)}

@@ -45,6 +45,8 @@ CASES = (
     "causal-float32",
     "heads-8-2-bfloat16",
     "dim-192-128",
+    "narrow-values-causal",
+    "narrow-values-packed",
     "everything-bfloat16",
     "packed-causal-bfloat16",
     "packed-used-both-bfloat16",

@@ -67,6 +67,8 @@ MANY_BLOCKS = {  # more blocks than a GPU has multiprocessors, whose turns to ad
     "ragged-f16": {"d": 256, "s": 1990, "t": 2021, "dtype": "float16"},
     "causal-heads-8-2": {"b": 5, "d": 128, "g": 2, "causal": True},
     "causal-256": {"d": 256, "causal": True},
+    "causal-192-128": {"d": 192, "e": 128, "causal": True},
+    "ragged-192-128-f16": {"d": 192, "e": 128, "s": 1990, "t": 2021, "dtype": "float16"},
     "short-queries": {"d": 128, "s": 130, "causal": True, "window": (700, None)},
     "left-window": {"d": 64, "window": (300, -1)},
     "window": {"d": 256, "window": (500, 100)},

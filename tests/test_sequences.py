@@ -80,6 +80,7 @@ CASES += [
         "sinks": {"d": 128, "sinks": "normal", "causal": True},
         "softcap": {"d": 64, "softcap": 5.0},
         "wide": {"d": 256, "causal": True},
+        "narrow-values": {"d": 192, "e": 128, "causal": True},
         "odd": {"d": 72, "window": (70, 0)},
         "one-tile": {"longest": 128},
         "one-tile-causal": {"longest": 128, "d": 128, "causal": True},
@@ -120,6 +121,7 @@ MANY_BLOCKS = {  # more blocks than a GPU has multiprocessors, whose turns to ad
     "segments": {"d": 64, "segments": "same", "causal": True},
     "scores": {"d": 128, "softcap": 5.0, "causal": True},
     "wide": {"d": 256, "causal": True},
+    "narrow-values": {"d": 192, "e": 128, "causal": True},
     "wide-window": {"d": 256, "window": (200, -1), "dtype": "float16"},
     "short": {"d": 128, "causal": True, "cu_q": (*range(0, 2048, 128), 2050, 3000, 3100, 4096)},
 }

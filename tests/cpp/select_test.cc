@@ -42,6 +42,8 @@ void columns() {
     CHECK(picks({bwd, bf16, 128, 128, x | kWindow | kDeterministic}, 90, "sm90_bwd_bf16_128_seq"));
     CHECK(picks({bwd, bf16, 64, 64, x | kSinks}, 90, "sm90_bwd_bf16_64_seq"));
     CHECK(picks({bwd, DType::kF16, 128, 128, x | kWindow}, 90, "sm90_bwd_f16_128_seq"));
+    CHECK(picks({bwd, bf16, 192, 128, x | kWindow}, 90, "sm90_bwd_bf16_192_128_seq"));
+    CHECK(picks({bwd, bf16, 192, 128, uint32_t{x} | kBias}, 90, "sm90_bwd_bf16_192_128_scores"));
     CHECK(picks({bwd, bf16, 256, 256, uint32_t{x} | kSoftcap}, 90, "sm90_bwd_bf16_256_scores"));
   }
   CHECK(picks({fwd, bf16, 128, 128, kPaged}, 90, "upstream_split_bf16_128"));
@@ -66,6 +68,8 @@ void columns() {
   CHECK(says(asked, 90, "does not take bias"));
   CHECK(picks({fwd, f32, 512, 512, kEverything}, 90, "simt_fwd_f32"));
   CHECK(picks({bwd, bf16, 128, 128, kDeterministic}, 90, "sm90_bwd_bf16_128"));
+  CHECK(picks({bwd, bf16, 192, 128, kDense}, 90, "sm90_bwd_bf16_192_128"));
+  CHECK(picks({bwd, bf16, 192, 136, kDense}, 90, "sm90_bwd_bf16_256"));
   CHECK(picks({bwd, bf16, 256, 256, kDense}, 90, "sm90_bwd_bf16_256"));
   CHECK(picks({bwd, bf16, 64, 64, kSoftcap | kDeterministic}, 90, "sm90_bwd_bf16_64_scores"));
   CHECK(says({fwd, f32, 513, 64, 0}, 90, "d = 513"));

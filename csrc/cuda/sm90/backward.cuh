@@ -18,8 +18,8 @@ cudaError_t launch_backward_bias(const BwdParams&, cudaStream_t);  // csrc/cuda/
 namespace flashjax::sm90 {
 
 // Over 128 columns need another division of labour.
-template <bool F16, int D, int M, int N, int kOptions>
-using BackwardOf = std::conditional_t<(D > 128), WideBackward<F16, D, M, N, kOptions>,
+template <bool F16, int D, int E, int M, int N, int kOptions>
+using BackwardOf = std::conditional_t<(D > 128), WideBackward<F16, D, E, M, N, kOptions>,
                                       Backward<F16, D, M, N, kOptions>>;
 
 // The key tiles of the last wave as ranges of steps, one for each multiprocessor, where that is
@@ -48,7 +48,7 @@ inline bool writes_dbias(const BwdParams& p, bool shared) {
 
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cudaStream_t stream) {
-  static_assert(D == E);
+  static_assert(D == E || D > 128);
   // Of rows of one length: some query may see nothing, if its window lies before the first key or
   // after the last.
   const int64_t diagonal = p.top_left ? 0 : p.t - p.s;
@@ -65,7 +65,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
                  kSpan = kScore || kVariant == cuda::Variant::kSequences;
   constexpr int kOptions = (kVariant != cuda::Variant::kFull ? kBackwardMasks : 0) |
                            (kSpan ? kBackwardSpans : 0) | (kScore ? kBackwardScores : 0);
-  using K = BackwardOf<kF16, D, M, N, kOptions>;
+  using K = BackwardOf<kF16, D, E, M, N, kOptions>;
   auto kernel = backward_kernel<K>;
   int smem = K::kSmem;
   // Sequences begin at multiples of M where queries are padded.
@@ -141,7 +141,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   bool dbias = false;
   if constexpr (kScore) {
     auto use = [&](auto options) {
-      using Chosen = BackwardOf<kF16, D, M, N, decltype(options)::value>;
+      using Chosen = BackwardOf<kF16, D, E, M, N, decltype(options)::value>;
       kernel = backward_kernel<Chosen>, smem = Chosen::kSmem;
     };
     const bool shared = dim[0] < p.b || dim[1] < p.n || dim[2] < p.h;
@@ -193,9 +193,9 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
                               ? dim3(tiles, h, M / 64)
                               : dim3(static_cast<unsigned>(std::max<int64_t>(rows / 64, 1)), h, b);
   if (kSpan) {
-    check(launch_after(backward_statistics<K, kF16, D>, statistics, 256, 0, 1, stream, pass, a));
+    check(launch_after(backward_statistics<K, kF16, D, E>, statistics, 256, 0, 1, stream, pass, a));
   } else {
-    backward_statistics<K, kF16, D><<<statistics, 256, 0, stream>>>(pass, a);
+    backward_statistics<K, kF16, D, E><<<statistics, 256, 0, stream>>>(pass, a);
     check(cudaGetLastError());
   }
   // What the kernel adds to, and what it may skip, is 0.

@@ -259,7 +259,8 @@ template <class K>
 struct BackwardProducer {
   using Layout = typename K::Layout;
   using Tile = KeyTile<K::kSpan>;
-  static constexpr int M = K::kM, N = K::kN, kStages = K::kStages, kChunks = K::kChunks;
+  static constexpr int M = K::kM, N = K::kN, kStages = K::kStages;
+  static constexpr int kChunks = K::kChunks, kVChunks = K::kVChunks;  // of 64 columns: d, e
 
   // By one thread. Q and dO are released by 2 warpgroups, and Q by the cleaning warp, if it runs.
   static DI void init(const Layout& x, bool clean) {
@@ -277,26 +278,26 @@ struct BackwardProducer {
   static DI void clear_rest(const Problem& p, const Layout& x, int k_stages) {
     const int dc = chunks_of(p.d), ec = chunks_of(p.e);
     for (int i = 0; i < k_stages; i++) clear_chunks(x.k + i * N * kChunks * 128, N, dc, kChunks);
-    clear_chunks(x.v, N, ec, kChunks);
+    clear_chunks(x.v, N, ec, kVChunks);
     for (int i = 0; i < kStages; i++) {
-      clear_chunks(x.q + i * K::kQBytes, M, dc, kChunks);
-      clear_chunks(x.o + i * K::kQBytes, M, ec, kChunks);
+      clear_chunks(x.q + i * M * kChunks * 128, M, dc, kChunks);
+      clear_chunks(x.o + i * M * kVChunks * 128, M, ec, kVChunks);
     }
     fence_async();
   }
 
   // Bytes of `rows` rows of `width` columns.
-  static DI u32 bytes(int rows, int width) {
-    return rows * 128 * (K::kSpan ? chunks_of(width) : kChunks);
+  static DI u32 bytes(int rows, int width, int chunks = kChunks) {
+    return rows * 128 * (K::kSpan ? chunks_of(width) : chunks);
   }
 
   // The keys of a tile, of K or V; `full` expects them.
   static DI void load_keys(const TMap& map, const Problem& p, u32 to, const Tile& tile, u32 full,
-                           int width) {
+                           int width, int chunks = kChunks) {
     const auto rows = tile.rows();
     const int row = rows.k_row(p, rows.first(p)), box = rows.k_box(p);
 #pragma unroll(K::kMask && !K::kPlain ? 1 : kChunks)
-    for (int c = 0; c < kChunks; c++)
+    for (int c = 0; c < chunks; c++)
       if (!K::kSpan || has_chunk(c, width))
         tma_load(to + c * N * 128, &map, full, c * 64, row, tile.g, box, kEvictFirst);
   }
@@ -308,19 +309,19 @@ struct BackwardProducer {
     const u32 s = it % kStages;
     // M rows, and a number of each, once a stage is free.
     auto put = [&](const TMap& map, u32 to, u32 numbers, u32 empty, u32 full, const float* from,
-                   int width) {
+                   int width, int chunks) {
       mb_wait(empty + 8 * s, ~(it / kStages) & 1);
-      mb_expect(full + 8 * s, bytes(M, width) + M * 4);
+      mb_expect(full + 8 * s, bytes(M, width, chunks) + M * 4);
 #pragma unroll(K::kMask && !K::kPlain ? 1 : kChunks)
-      for (int c = 0; c < kChunks; c++)
+      for (int c = 0; c < chunks; c++)
         if (!K::kSpan || has_chunk(c, width))
-          tma_load(to + s * K::kQBytes + c * M * 128, &map, full + 8 * s, c * 64,
+          tma_load(to + s * (chunks * M * 128) + c * M * 128, &map, full + 8 * s, c * 64,
                    rows.q_row(a.p, at.m * M), at.h, rows.q_box(a.p), kEvictLast);
       const int row = (rows.b(a.p) * a.p.h + at.h) * a.rows + rows.padded(a.p) + at.m * M;
       bulk_load(numbers + s * M * 4, from + row, M * 4, full + 8 * s);
     };
-    put(mq, x.q, x.lse, x.q_empty, x.q_full, a.lse2, a.p.d);
-    put(mdo, x.o, x.delta, x.o_empty, tile.clean ? x.o_raw : x.o_full, a.delta, a.p.e);
+    put(mq, x.q, x.lse, x.q_empty, x.q_full, a.lse2, a.p.d, kChunks);
+    put(mdo, x.o, x.delta, x.o_empty, tile.clean ? x.o_raw : x.o_full, a.delta, a.p.e, kVChunks);
   }
 
   // Rows of dO whose P is 0 become 0, for 0 * NaN is NaN, if tile.clean. `raw` has the parity of
@@ -337,7 +338,8 @@ struct BackwardProducer {
 #pragma unroll 1
         for (int r0 = 0; r0 < M; r0 += 32) {
           const float l = load_shared(x.lse + s * M * 4 + (r0 + lane) * 4);
-          clear_rows<kChunks>(x.o + s * K::kQBytes, M, r0, __ballot_sync(~0u, l == infinity()));
+          clear_rows<kVChunks>(x.o + s * M * kVChunks * 128, M, r0,
+                               __ballot_sync(~0u, l == infinity()));
         }
         fence_async();
         __syncwarp();
@@ -353,11 +355,12 @@ struct BackwardProducer {
 template <class K, int kCount>
 DI void store_keys(const TMap& mdk, const TMap& mdv, const Problem& p, u32 dk, int k_chunk, u32 dv,
                    int v_chunk, int first, int row, int head, int box) {
+  constexpr bool kAll = K::kChunks % kCount == 0 && K::kVChunks == K::kChunks;  // there are
 #pragma unroll
   for (int c = first; c < first + kCount; c++) {
-    if (!K::kSpan || (has_chunk(c, p.e) && row < p.t))
+    if ((kAll || c < K::kVChunks) && (!K::kSpan || (has_chunk(c, p.e) && row < p.t)))
       tma_store(&mdv, dv + c * v_chunk, c * 64, row, head, box);
-    if (!K::kSpan || (has_chunk(c, p.d) && row < p.t))
+    if ((kAll || c < K::kChunks) && (!K::kSpan || (has_chunk(c, p.d) && row < p.t)))
       tma_store(&mdk, dk + c * k_chunk, c * 64, row, head, box);
   }
 }

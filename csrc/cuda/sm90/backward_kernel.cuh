@@ -16,8 +16,8 @@ struct Backward {
   using Producer = BackwardProducer<Backward>;
   using Products = BackwardProducts<Backward>;
   static constexpr bool kF16 = F16;
-  static constexpr int kD = D, kM = M, kN = N, kStages = 2, kChunks = D / 64, kThreads = 384,
-                       kStoreRows = 64;
+  static constexpr int kD = D, kM = M, kN = N, kStages = 2, kChunks = D / 64, kVChunks = kChunks,
+                       kThreads = 384, kStoreRows = 64;
   static constexpr int kConsumerRegs = D == 128 && ((kOptions & kBackwardScores) || M == 80) ? 240
                                        : kOptions & (kBackwardScores | kBackwardSpans)       ? 224
                                                                                              : 232,

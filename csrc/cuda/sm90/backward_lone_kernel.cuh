@@ -17,7 +17,8 @@ struct LoneBackward {
   using Args = LoneArgs;
   static constexpr bool kF16 = F16;
   static constexpr int M = D == 64 ? 128 : 64, N = 128, kD = D, kM = M, kN = N;
-  static constexpr int kStages = 2, kChunks = D / 64, kThreads = 384, kStoreRows = 64;
+  static constexpr int kStages = 2, kChunks = D / 64, kVChunks = kChunks, kThreads = 384,
+                       kStoreRows = 64;
   static constexpr int kConsumerRegs = 232, kProducerRegs = 40;
   static constexpr bool kMask = true, kSpan = true, kScore = false, kCounts = false, kCuts = false,
                         kPlain = false;

@@ -14,11 +14,11 @@ struct PassArgs {
 // delta = sum of dout * out - dlse, and lse2 = lse * log2(e); for a query that saw nothing, or is
 // none, +inf and 0. What the kernel counts begins; a kernel that does not count finds its
 // accumulator cleared. dq of tiles that no key block visits, and of rows of no sequence, is 0. 64
-// rows a block of 256 threads; a row by D / 8 lanes.
-template <class K, bool F16, int D>
+// rows a block of 256 threads; a row by E / 8 lanes.
+template <class K, bool F16, int D, int E>
 static __global__ void __launch_bounds__(256)
     backward_statistics(const PassArgs a, const BackwardArgs k) {
-  constexpr int kLanes = D / 8, kRows = 256 / kLanes, M = K::kM;
+  constexpr int kLanes = E / 8, kRows = 256 / kLanes, M = K::kM;
   const Problem& p = k.p;
   const int h = blockIdx.y, lane = threadIdx.x % kLanes;
   Queries x;

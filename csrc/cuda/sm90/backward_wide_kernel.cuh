@@ -1,21 +1,21 @@
-// The backward for sm_90a at head dims over 128. One CTA owns N = 80 keys of one key head, and
-// loops over the query heads of the group and over tiles of M = 64 queries. Warpgroup 0 produces:
-// warp 0 loads (TMA), warp 1 clears dO rows of queries that saw nothing. Warpgroups 1 and 2:
+// The backward for sm_90a at head dims over 128. One CTA owns N keys of one key head (80 at D = E =
+// 256), and loops over the query heads of the group and over tiles of M = 64 queries. Warpgroup 0
+// produces: warp 0 loads (TMA), warp 1 adds dQ to memory, from shared memory and at 16 bytes a
+// clock: as long as all the matrix work takes; warp 2 clears dO rows of queries that saw nothing.
+// Warpgroups 1 and 2:
 //   S = Q K', dP = dO V' for a half of the keys; P and dS go to shared memory as keys x queries;
-//   dV' += dO' P, dK' += Q' dS and dQ = dS K for a half of the columns. dQ is added to memory from
-//   registers, at 16 bytes a clock: as long as all the matrix work takes. So the warpgroups do it
-//   in turns: the late one adds dQ of a step while the early one computes the scores of the next.
+//   dV' += dO' P, dK' += Q' dS and dQ = dS K for a half of the columns.
 // Pipeline, barriers, registers and shared memory: docs/kernels/sm90-backward.md.
 #pragma once
 #include "backward_common.cuh"
 
 namespace flashjax::sm90 {
 
-template <bool F16, int D, int M, int N, int kOptions>
+template <bool F16, int D, int E, int M, int N, int kOptions>
 struct WideBackward {
   using Args = BackwardArgs;
-  static constexpr int kM = M, kN = N, kStages = 1, kChunks = D / 64, kThreads = 384,
-                       kStoreRows = N;
+  static constexpr int kM = M, kN = N, kStages = 1, kChunks = D / 64, kVChunks = E / 64,
+                       kThreads = 384, kStoreRows = N;
   static constexpr bool kMask = kOptions & kBackwardMasks, kSpan = kOptions & kBackwardSpans,
                         kScore = kOptions & kBackwardScores, kBias = kOptions & kBackwardBias;
   using Tile = KeyTile<kSpan>;
@@ -23,18 +23,26 @@ struct WideBackward {
                         kTransposed = false, kPlain = false;
   static constexpr int kConsumerRegs = 240, kProducerRegs = 24;
   static constexpr int kOwn = N / 2;  // keys whose scores a warpgroup computes
-  static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kPBytes = M * N * 2;
-  static constexpr int kPieces = 3, kPieceBytes = M * 64 * 4;  // of dQ, on their way to memory
-  static constexpr int kSmem =
-      2 * kKBytes + 2 * kQBytes + 3 * kPBytes + kPieces * kPieceBytes + 2 * M * 4 + 256 + 1024;
-  static_assert(D == 256 && M == 64 && N % 16 == 0 && kOwn % 8 == 0);
+  // A warpgroup has as many chunks of 64 columns of dK and dQ as the other, and of dV. An odd one
+  // lies in the middle, and is divided: its dK by keys, its dQ by columns.
+  static constexpr int kFull = kChunks / 2, kVFull = kVChunks / 2;
+  static constexpr bool kMiddle = kChunks % 2;
+  static constexpr int kKBytes = N * D * 2, kVBytes = N * E * 2, kQBytes = M * D * 2,
+                       kOBytes = M * E * 2, kPBytes = M * N * 2;
+  // Pieces of dQ on their way to memory: two of a warpgroup in each step, the first of 32 columns
+  // if it is of the middle.
+  static constexpr int kPieces = kMiddle ? 4 : 3, kPieceBytes = M * 64 * 4;
+  static constexpr int kSmem = kKBytes + kVBytes + kQBytes + kOBytes + 3 * kPBytes +
+                               kPieces * kPieceBytes + 2 * M * 4 + 256 + 1024;
+  static_assert(kFull + kMiddle == 2 && kVChunks % 2 == 0 && M == 64 && N % 16 == 0 &&
+                kOwn % 8 == 0 && kSmem <= 227 * 1024);
   static constexpr int kBarDs = 1, kBarEnd = 2, kBarStore = 3;  // named barriers
 
   struct Layout {
     u32 k, v, q, o, p, ds, dq, lse, delta;
     u32 kv_full, q_full, q_empty, o_full, o_empty, o_raw, dq_full, dq_empty, span;
     DI explicit Layout(u32 base) {
-      k = base, v = k + kKBytes, q = v + kKBytes, o = q + kQBytes, p = o + kQBytes,
+      k = base, v = k + kKBytes, q = v + kVBytes, o = q + kQBytes, p = o + kOBytes,
       ds = p + kPBytes, dq = ds + 2 * kPBytes;
       lse = dq + kPieces * kPieceBytes, delta = lse + M * 4, kv_full = delta + M * 4;
       q_full = kv_full + 8, q_empty = q_full + 8, span = kv_full + 128, o_full = q_empty + 8,
@@ -88,9 +96,9 @@ struct WideBackward {
 
   static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
                       const BackwardArgs& a, const Layout& x, const Tile& tile) {
-    mb_expect(x.kv_full, Producer::bytes(N, a.p.d) + Producer::bytes(N, a.p.e));
+    mb_expect(x.kv_full, Producer::bytes(N, a.p.d) + Producer::bytes(N, a.p.e, kVChunks));
     Producer::load_keys(mk, a.p, x.k, tile, x.kv_full, a.p.d);
-    Producer::load_keys(mv, a.p, x.v, tile, x.kv_full, a.p.e);
+    Producer::load_keys(mv, a.p, x.v, tile, x.kv_full, a.p.e, kVChunks);
     Walk at(tile);
     const u32 steps = tile.steps();
 #pragma unroll 1
@@ -103,7 +111,7 @@ struct WideBackward {
     Producer::clean_queries(x, tile, it, raw);
   }
 
-  // dQ in pieces of 64 columns, of the warpgroups by turns. By a warp.
+  // dQ in pieces of 64 columns, or 32, of the warpgroups by turns. By a warp.
   static DI void add_dq(const BackwardArgs& a, const Layout& x, const Tile& tile) {
     const bool elect = (threadIdx.x & 31) == 0, ordered = a.deterministic;
     int m = tile.blocks.begin;
@@ -131,8 +139,13 @@ struct WideBackward {
 #pragma unroll 1
         for (int part = 0; part < 4; part++, i++) {
           mb_wait(x.dq_full + 8 * (i % kPieces), i / kPieces & 1);
-          bulk_add_f32(a.acc + (4ll * at + part % 2 * 2 + part / 2) * (M * 64),
-                       x.dq + i % kPieces * kPieceBytes, kPieceBytes);
+          const int cw = part % 2;
+          const bool middle = kMiddle && part < 2;
+          const long long tile = 1ll * kChunks * at;
+          const long long chunk =
+              middle ? tile + kFull : tile + cw * (kChunks - kFull) + (kMiddle ? 0 : part / 2);
+          bulk_add_f32(a.acc + chunk * (M * 64) + (middle ? cw * (M * 32) : 0),
+                       x.dq + i % kPieces * kPieceBytes, middle ? kPieceBytes / 2 : kPieceBytes);
           bulk_commit();
           bulk_wait_read<1>();  // of all but this piece
           if (i > 0) mb_arrive(x.dq_empty + 8 * ((i - 1) % kPieces));
@@ -155,17 +168,34 @@ struct WideBackward {
     const Blocks& blocks = tile.blocks;
     const int tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
     const bool elect = tid == 0;
-    float dk[2][N / 2], dv[2][N / 2];
+    float dk[kFull][N / 2], dv[kVFull][N / 2];
+    float middle[kMiddle ? kOwn / 2 : 1];  // dK of own keys
 #pragma unroll
-    for (int i = 0; i < N / 2; i++) dk[0][i] = dk[1][i] = dv[0][i] = dv[1][i] = 0.f;
+    for (int i = 0; i < N / 2; i++) {
+#pragma unroll
+      for (int j = 0; j < kFull; j++) dk[j][i] = 0.f;
+#pragma unroll
+      for (int j = 0; j < kVFull; j++) dv[j][i] = 0.f;
+    }
+    if constexpr (kMiddle)
+#pragma unroll
+      for (int i = 0; i < kOwn / 2; i++) middle[i] = 0.f;
     // Descriptors: queries as A and own keys as B, K-major; own columns of dO' and Q' as A,
     // MN-major; P and dS as B of dV' and dK'; dS as A of dQ, and own columns of K as B, MN-major.
-    const int own = cw * (kChunks / 2);  // first chunk of own columns
+    const int own = cw * (kChunks - kFull), own_v = cw * kVFull;  // first chunks of own columns
     const u32 a_q = desc_lo(x.q, 16), a_o = desc_lo(x.o, 16);
     const u32 b_k = desc_lo(x.k + cw * kOwn * 128, 16), b_v = desc_lo(x.v + cw * kOwn * 128, 16);
-    const u32 t_q = desc_lo(x.q + own * M * 128, 16), t_o = desc_lo(x.o + own * M * 128, 16);
+    const u32 t_q = desc_lo(x.q + own * M * 128, 16), t_o = desc_lo(x.o + own_v * M * 128, 16);
     const u32 b_p = desc_lo(x.p, 16), b_ds = desc_lo(x.ds, 16);
     const u32 t_k = desc_lo(x.k + own * N * 128, 16);
+    // Of the middle: Q', dS of own keys, and a half of the columns of K.
+    const u32 t_q_middle = desc_lo(x.q + kFull * M * 128, 16),
+              b_ds_own = desc_lo(x.ds + cw * kOwn * 128, 16),
+              t_k_middle = desc_lo(x.k + kFull * N * 128 + cw * 64, 16);
+    auto pin_all = [](auto& x) {
+#pragma unroll
+      for (auto& y : x) pin(y);
+    };
     // This lane's address for stmatrix.trans in a tile of keys x queries (or keys x 64 columns).
     const u32 to = (lane & 7) * 128 + (lane >> 4) * 1024 +
                    (((warp * 2 + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
@@ -198,20 +228,23 @@ struct WideBackward {
         stmatrix2_trans(at, w[4 * k], w[4 * k + 1]);
     };
     constexpr int kPuts = (kOwn + 15) / 16;
-    auto issue_dq = [&](float (&dq)[32], int it, int part) {
+    auto issue_dq = [&](auto& dq, int it, u32 t_k, int chunk) {
+      constexpr int kColumns = sizeof(dq) / 2;
       pin(dq);
       wg_fence();
 #pragma unroll
       for (int k = 0; k < N / 16; k++)  // dQ = dS K
-        Wgmma<64, F16>::template ss<1, 1>(dq, desc(b_ds + ((it % 2 * kPBytes + k * 2048) >> 4)),
-                                          desc(t_k + ((part * N * 128 + k * 2048) >> 4)), k > 0);
+        Wgmma<kColumns, F16>::template ss<1, 1>(
+            dq, desc(b_ds + ((it % 2 * kPBytes + k * 2048) >> 4)),
+            desc(t_k + ((chunk * N * 128 + k * 2048) >> 4)), k > 0);
       wg_commit();
     };
-    auto stage_dq = [&](const float (&dq)[32], int it, int part) {
+    auto stage_dq = [&](const auto& dq, int it, int part) {
+      constexpr int kCount = sizeof(dq) / 4;
       const u32 i = it * 4 + part * 2 + cw, s = i % kPieces;
       mb_wait(x.dq_empty + 8 * s, ~(i / kPieces) & 1);
 #pragma unroll
-      for (int i = 0; i < 32; i += 4)
+      for (int i = 0; i < kCount; i += 4)
         store_shared4(x.dq + s * kPieceBytes + (i * 128 + tid * 4) * 4, dq[i], dq[i + 1], dq[i + 2],
                       dq[i + 3]);
       fence_async();
@@ -239,7 +272,7 @@ struct WideBackward {
           pin(dp);
           wg_fence();
 #pragma unroll
-          for (int k = 0; k < D / 16; k++)  // dP = dO V'
+          for (int k = 0; k < E / 16; k++)  // dP = dO V'
             Wgmma<kOwn, F16>::template ss<0, 0>(
                 dp, desc(a_o + (((k / 4) * M * 128 + (k % 4) * 32) >> 4)),
                 desc(b_v + (((k / 4) * N * 128 + (k % 4) * 32) >> 4)), k > 0);
@@ -315,41 +348,55 @@ struct WideBackward {
         fence_async();
         bar_sync(kBarDs, 256);
         auto issue_dv = [&] {
-          pin(dv[0]), pin(dv[1]);
+          pin_all(dv);
           wg_fence();
 #pragma unroll
           for (int k = 0; k < M / 16; k++)  // dV' += dO' P
 #pragma unroll
-            for (int i = 0; i < 2; i++)
+            for (int i = 0; i < kVFull; i++)
               Wgmma<N, F16>::template ss<1, 0>(dv[i], desc(t_o + ((i * M * 128 + k * 2048) >> 4)),
                                                desc(b_p + ((k * 32) >> 4)), 1);
           wg_commit();
         };
         auto issue_dk = [&] {
-          pin(dk[0]), pin(dk[1]);
+          pin_all(dk);
+          if constexpr (kMiddle) pin(middle);
           wg_fence();
 #pragma unroll
-          for (int k = 0; k < M / 16; k++)  // dK' += Q' dS
+          for (int k = 0; k < M / 16; k++) {  // dK' += Q' dS
 #pragma unroll
-            for (int i = 0; i < 2; i++)
+            for (int i = 0; i < kFull; i++)
               Wgmma<N, F16>::template ss<1, 0>(dk[i], desc(t_q + ((i * M * 128 + k * 2048) >> 4)),
                                                desc(b_ds + ((it % 2 * kPBytes + k * 32) >> 4)), 1);
+            if constexpr (kMiddle)
+              Wgmma<kOwn, F16>::template ss<1, 0>(
+                  middle, desc(t_q_middle + ((k * 2048) >> 4)),
+                  desc(b_ds_own + ((it % 2 * kPBytes + k * 32) >> 4)), 1);
+          }
           wg_commit();
         };
-        float dq[32];
+        float dq[32], dq_middle[kMiddle ? 16 : 1];
         issue_dk();
         issue_dv();
-        issue_dq(dq, it, 0);
-        wg_wait<2>();
-        pin(dk[0]), pin(dk[1]);
+        if constexpr (kMiddle) issue_dq(dq_middle, it, t_k_middle, 0);
+        issue_dq(dq, it, t_k, 0);
+        wg_wait<2 + kMiddle>();
+        pin_all(dk);
+        if constexpr (kMiddle) pin(middle);
         if (elect) mb_arrive(x.q_empty);
-        wg_wait<1>();
-        pin(dv[0]), pin(dv[1]);
+        wg_wait<1 + kMiddle>();
+        pin_all(dv);
         if (elect) mb_arrive(x.o_empty);
-        wg_wait<0>();
-        pin(dq);
-        stage_dq(dq, it, 0);
-        issue_dq(dq, it, 1);
+        if constexpr (kMiddle) {
+          wg_wait<1>();
+          pin(dq_middle);
+          stage_dq(dq_middle, it, 0);
+        } else {  // no registers for both
+          wg_wait<0>();
+          pin(dq);
+          stage_dq(dq, it, 0);
+          issue_dq(dq, it, t_k, 1);
+        }
         wg_wait<0>();
         pin(dq);
         issue_s(it + 1 < steps ? it + 1 : it);
@@ -359,12 +406,13 @@ struct WideBackward {
       wg_wait<0>();
       pin(st);
     }
-    // dV' over V and dK' over K, own half of the columns, once nobody reads them; the store clips
-    // rows and columns.
+    // dV' over V and dK' over K, own columns, once nobody reads them; the store clips rows and
+    // columns.
     bar_sync(kBarEnd, 256);
-    auto finish = [&](const float (&d)[2][N / 2], u32 tile, float f) {
+    auto finish = [&](const auto& d, u32 tile, int own, float f) {
+      constexpr int kCount = sizeof(d) / sizeof(d[0]);
 #pragma unroll
-      for (int i = 0; i < 2; i++)
+      for (int i = 0; i < kCount; i++)
 #pragma unroll
         for (int j = 0; j < N / 16; j++)
           stmatrix4_trans(tile + (own + i) * N * 128 + to + j * 2048,
@@ -373,14 +421,26 @@ struct WideBackward {
                           pack<F16>(d[i][8 * j + 4] * f, d[i][8 * j + 5] * f),
                           pack<F16>(d[i][8 * j + 6] * f, d[i][8 * j + 7] * f));
     };
-    finish(dv, x.v, 1.f);
-    finish(dk, x.k, p.scale);
+    finish(dv, x.v, own_v, 1.f);
+    finish(dk, x.k, own, p.scale);
+    if constexpr (kMiddle) {
+      u32 w[kOwn / 4];
+#pragma unroll
+      for (int i = 0; i < kOwn / 4; i++)
+        w[i] = pack<F16>(middle[2 * i] * p.scale, middle[2 * i + 1] * p.scale);
+#pragma unroll
+      for (int k = 0; k < kPuts; k++) put(x.k + kFull * N * 128, w, k);
+    }
     fence_async();
-    bar_sync(kBarStore + cw, 128);
+    // A warpgroup stores what it has put there, but for a chunk of both.
+    if constexpr (kMiddle)
+      bar_sync(kBarStore, 256);
+    else
+      bar_sync(kBarStore + cw, 128);
     const int row = tile.k_row(p, tile.first(p)), box = tile.k_box(p);
     if (elect) {
-      store_keys<WideBackward, kChunks / 2>(mdk, mdv, p, x.k, N * 128, x.v, N * 128, own, row,
-                                            tile.g, box);
+      store_keys<WideBackward, 2>(mdk, mdv, p, x.k, N * 128, x.v, N * 128, 2 * cw, row, tile.g,
+                                  box);
       bulk_commit();
       bulk_wait<0>();
     }

@@ -9,7 +9,7 @@ TA, TB: 1 where the operand is MN-major. The instruction names every accumulator
 import pathlib
 import sys
 
-WIDTHS = (32, 40, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 256)
+WIDTHS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 256)
 
 
 def wrapper(n: int, f16: bool) -> str:
