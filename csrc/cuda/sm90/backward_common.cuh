@@ -380,11 +380,11 @@ static __global__ void __launch_bounds__(K::kThreads, 1)
 // The row keeps its columns least to most, counted from c.
 template <int kCount>
 DI void mask_row(float (&x)[kCount], int half, int least, int most) {
-  static_assert(kCount <= 64);
-  const u32 seen = columns_before(most + 1) & ~columns_before(least);
 #pragma unroll
-  for (int i = 0; i < kCount / 2; i++)
-    if (!(seen >> i & 1)) x[i / 2 * 4 + 2 * half + i % 2] = -infinity();
+  for (int j = 0; j < kCount / 4; j++)
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+      if (8 * j + e < least || 8 * j + e > most) x[4 * j + 2 * half + e] = -infinity();
 }
 
 // To shared memory in 16 bits, times f: this lane's `row` of a swizzled tile at `to`, whose chunks

@@ -70,7 +70,7 @@ struct Forward {
   // reference may be that is raised by as much, for one above makes maxima cheap (and by a power of
   // two, so that P of a key with all of the weight is not rounded, and out is that key's value:
   // the backward takes any difference for a gradient); the reference of a row without a key.
-  static constexpr float kFar = 8.f, kNear = 2.f, kNothing = -1e38f;
+  static constexpr float kFar = 1.5f, kNear = 2.f, kNothing = -1e38f;
   static constexpr int kLag = 2;  // chunks between an exponential and its addition to the row sum
   static constexpr int kRest = (kSepO ? kOBytes : 0) + kStages * (kKBytes + kVBytes) + 384 + 1024;
   // The next tile's first product is issued under the end of this one. Before it a warpgroup may
@@ -206,10 +206,10 @@ struct Forward {
   static DI void produce(const TMap& mq, const TMap& mk, const TMap& mv, const ForwardArgs& a,
                          const Layout& x) {
     int it = 0, w = 0, round = 0;
-    int drawn;  // the ticket of the next tile, which may still be under way
+    int t = blockIdx.x;
 #pragma unroll 1
-    for (int t = blockIdx.x;; t = kOne ? a.tiles : drawn + gridDim.x) {
-      drawn = t;
+    while (true) {
+      int next = t + gridDim.x;
       const int slot = round & 1;
       if constexpr (kSpan) {
         mb_wait(x.t_full + 8 * slot, (round++ >> 1) & 1);
@@ -220,7 +220,7 @@ struct Forward {
         mb_arrive(x.t_full + 8 * slot);
         round++;
         if (t >= a.tiles) break;
-        if (a.ticket) drawn = atomicAdd(a.ticket, 1);
+        if (a.ticket) next = gridDim.x + atomicAdd(a.ticket, 1);
       } else if (t >= a.tiles) {
         break;
       }
@@ -230,6 +230,7 @@ struct Forward {
                 box = tile.k_box(a.p);
       const int q0 = tile.q_row(a.p, tile.first(a.p)), q_box = tile.q_box(a.p);
       if (kSpan) mb_arrive(x.t_empty + 8 * slot);
+      t = kOne ? a.tiles : next;
       if (n.begin >= n.end) continue;
       load<false>(mk, a.p, x, it, k0 + (n.end - 1) * N, hk, box);
       const int qb = w % kQBufs;
