@@ -1,6 +1,6 @@
 """How calls changed from one result of bench.run to another, beside calls that did not.
 
-    python -m bench.compare bench/results/h200/train.json bench/results/h200/backward.json
+    python -m bench.compare BEFORE.json AFTER.json
 
 Machines and their clocks differ, so times of two runs do not compare. Clocks do, better: time by the clock of the
 multiprocessors, where a result has that. The peers of both runs say what the rest of the difference is worth: a call

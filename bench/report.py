@@ -1,7 +1,7 @@
 """Turns a result of bench.run into tables, and a plot.
 
     python -m bench.report bench/results/cpu/attention.json
-    python -m bench.report bench/results/h200/train.json --plot bench/results/h200/train.png
+    python -m bench.report bench/results/h200/forward.json --plot bench/results/h200/forward.png
 
 The fastest of a row stands in bold. A picture carries the id of the result that it shows, so that
 `python -m docs.tables` can tell whether it is of that file.

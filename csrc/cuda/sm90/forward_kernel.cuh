@@ -593,9 +593,13 @@ struct Forward {
           if (kMask && p.right >= 0) most = min(most, at + p.right + 1);
           if (kMask && p.left >= 0) least = max(least, at - p.left);
           const u32 seen = columns_before(most - c0) & ~(kMask ? columns_before(least - c0) : 0u);
+          // ptxas runs out of predicates in some of the wider rows.
 #pragma unroll
-          for (int i = 0; i < N / 4; i++)
-            if (!(seen >> i & 1)) s[i / 2 * 4 + 2 * hh + i % 2] = -infinity();
+          for (int i = 0; i < N / 4; i++) {
+            const int column = c0 + i / 2 * 8 + i % 2;
+            if (D > 128 ? column < least || column >= most : !(seen >> i & 1))
+              s[i / 2 * 4 + 2 * hh + i % 2] = -infinity();
+          }
         }
         if constexpr (kPage) {
 #pragma unroll
