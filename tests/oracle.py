@@ -426,8 +426,9 @@ def compare(name: str, got, expected: np.ndarray, naive: np.ndarray, logit: floa
     NaN and infinities must sit exactly where they are expected. The largest error may be twice that of the naive
     computation plus a floor, the mean error one and a half times plus a smaller floor. The floor: some units of
     float32 at the size of the result, more where scores are large, since an error of one unit in a score is a relative
-    error of that size in its weight; and a fraction of a unit of the result's dtype, or of that of what was `given`. Of few numbers the errors scatter,
-    and both of these factors are wider: 4 times for one, 1.75 times for sixteen, hardly for thousands.
+    error of that size in its weight; and a fraction of a unit of the result's dtype, or of the dtype of what was
+    `given`. Of few numbers the errors scatter, and both of these factors are wider: 4 times for one, 1.75 times for
+    sixteen, hardly for thousands.
     """
     got = np.asarray(got)
     assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
