@@ -125,6 +125,8 @@ def result(path, text=report.tables, show="python -m bench.report") -> str:
     data = json.loads((RESULTS / path).read_text())
     source = f"Measured on {report.heading(data)}" if "ceilings" in data else f"Measured on {data['device']}."
     source += age(data)
+    if "note" in data:
+        source += f" Taken {data['note']}."
     if data.get("absent"):
         source += f" Asked for, but not there: {', '.join(data['absent'])}."
     run = re.sub(r"--out \S+", f"--out out/{pathlib.Path(path).name}", data["command"])
@@ -150,8 +152,11 @@ def accuracy_result() -> str:
 
 
 def scaling_result() -> str:
-    """The results of bench.scaling, fewest devices first."""
-    paths = sorted(RESULTS.glob("*/scaling.json"), key=lambda path: json.loads(path.read_text())["devices"])
+    """The results of bench.scaling, fewest devices first, and last of those that which is drawn."""
+    paths = sorted(
+        RESULTS.glob("*/scaling*.json"),
+        key=lambda path: (json.loads(path.read_text())["devices"], path.name == "scaling.json"),
+    )
     parts = [f"![share of one device's rate](../{paths[-1].with_suffix('.png').relative_to(ROOT)})"] if paths else []
     for path in paths:
         data = json.loads(path.read_text())
