@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 from collections import defaultdict
 
 from bench.cells import SUITES
@@ -53,6 +54,9 @@ def problem(row) -> list[str]:
     mask = row["mask"] + (f" {row['window']}" if "window" in row else "")
     mask = row["case"].rsplit("-", 1)[1] + " " + mask if "packed" in row["case"] or "documents" in row["case"] else mask
     mask += f", page {row['page']}" if "page" in row else ""
+    if bias := re.search(r"-bias(\w+)(-frozen)?", row["case"]):
+        mask += f", bias {' '.join(bias[1])}" + ", not its gradient" * bool(bias[2])
+    mask += ", deterministic" * ("-deterministic" in row["case"])
     return [row["dtype"], f"{row['b']} x {length}", heads, dims, mask]
 
 
