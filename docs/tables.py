@@ -18,7 +18,6 @@ from bench.run import csrc_tree
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-EMPTY = "d or e that leaves the last 64 columns empty"
 
 
 # The kernel table.
@@ -66,10 +65,6 @@ def support() -> str:
         lacks = [name for bit, name in enumerate(names) if not row["set"] >> bit & 1]
         if row["variant"] in ("kDecode", "kLatent"):
             lacks.append(f"more than {row['m']} queries of a key head, but in pages")
-        if row["variant"] in ("kSequences", "kScores"):  # which contain the rows of one length
-            lacks.append(f"{EMPTY}, but in rows of one length without scores")
-        if row["variant"] in ("kPaged", "kPagedScores"):
-            lacks.append(EMPTY)
         if row["variant"] == "kLatent":
             lacks.append("values that are no columns of the keys")
         if row["variant"] in ("kPaged", "kPagedScores"):
