@@ -97,8 +97,6 @@ PARTS = {  # of what a ring computes; on a GPU kernels of one key tile serve mos
 @pytest.mark.parametrize("options", PARTS.values(), ids=PARTS)
 def test_keys_in_parts(options, implementation):
     """Gradients from 128 keys at a time, whose `out` and `lse` are those of all 256, as a ring has them."""
-    if implementation == "upstream":
-        pytest.skip("takes no shift")
     case = Case("parts", "", **{"b": 1, "t": 256, "d": 64, "dtype": "bfloat16" if ON_GPU else "float32", **options})
     inputs = case.build()
     dout, dlse = cotangents(case, inputs, oracle.run(case, inputs).lse)

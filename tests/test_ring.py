@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flashjax
-from flashjax import SequenceLayout, _blocks, _ring
+from flashjax import SequenceLayout, _blocks, _ring, _support
 from flashjax._operation import FORWARD, Call
 from flashjax._types import Attrs
 
@@ -430,6 +430,28 @@ def test_one_program_serves_all_devices(random):
         assert count(kind) == (0, 4)
     assert count("striped") == (0, 4)
     assert count("contiguous", bias=jnp.ones((1, 1, 1, 32))) == (3, 4)
+
+
+@pytest.fixture
+def unserved_parts(monkeypatch):
+    """Compiled kernels that take whole sequences, and no parts of them."""
+    serves = _support.why_not
+
+    def why_not(implementation, direction, arrays, attrs, platform):
+        if attrs.part and implementation != "reference":
+            return "of no parts"
+        return serves(implementation, direction, arrays, attrs, platform)
+
+    monkeypatch.setattr(_support, "why_not", why_not)
+
+
+def test_the_reference_takes_parts(random, unserved_parts):
+    check(dense(random), mesh(), SEQUENCE, expect=RING, is_causal=True)
+
+
+def test_parts_that_what_was_asked_for_cannot_serve(random, unserved_parts):
+    with pytest.raises(Exception, match='implementation="cpu" cannot serve a part of a sequence: of no parts'):
+        check(dense(random), mesh(), SEQUENCE, is_causal=True, implementation="cpu")
 
 
 def test_segments_that_cannot_meet_are_skipped():

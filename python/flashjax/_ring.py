@@ -529,7 +529,14 @@ class _Parts:
         why_not = _support.why_not(
             self.implementation, call.direction, arrays, call.attrs, _support.PLATFORM.get(self.implementation, "")
         )
-        return self.implementation if why_not is None else "reference"
+        if why_not is None:
+            return self.implementation
+        asked = call.attrs.implementation
+        if asked is not None:
+            raise NotImplementedError(
+                f'flashjax: implementation="{asked}" cannot serve a part of a sequence: {why_not}'
+            )
+        return "reference"
 
     # Packed sequences.
 
