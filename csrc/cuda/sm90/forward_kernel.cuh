@@ -70,10 +70,10 @@ struct Forward {
   // reference may be that is raised by as much, for one above makes maxima cheap (and by a power of
   // two, so that P of a key with all of the weight is not rounded, and out is that key's value:
   // the backward takes any difference for a gradient); the reference of a row without a key.
-  static constexpr bool kLate = true;
-  static constexpr float kFar = 1.5f, kNear = 2.f, kNothing = -1e38f;
+  static constexpr float kFar = 1.f, kFarthest = 8.f, kShare = -1.f;
+  static constexpr float kNear = 2.f, kNothing = -1e38f;
   static constexpr int kLag = 2;  // chunks between an exponential and its addition to the row sum
-  static constexpr int kRest = (kSepO ? kOBytes : 0) + kStages * (kKBytes + kVBytes) + 384 + 4 * M + 1024;
+  static constexpr int kRest = (kSepO ? kOBytes : 0) + kStages * (kKBytes + kVBytes) + 384 + 1024;
   // The next tile's first product is issued under the end of this one. Before it a warpgroup may
   // hand back one block but not two: the stage of the second's V is still in use.
   static constexpr bool kAhead =
@@ -92,14 +92,14 @@ struct Forward {
   // Shared memory from an aligned base: q, k, v stages[, out], barriers.
   struct Layout {
     u32 q, k, v, o;
-    u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, t_full, t_empty, tickets, odd, shrink;
+    u32 q_full, q_empty, k_full, k_empty, v_full, v_empty, t_full, t_empty, tickets, odd;
     DI explicit Layout(u32 base) {
       q = base, k = q + kQBufs * kQBytes, v = k + kStages * kKBytes, o = v + kStages * kVBytes;
       tickets = v + kStages * kVBytes + (kSepO ? kOBytes : 0);
       q_full = tickets + 2 * kSlot, q_empty = q_full + 16, k_full = q_empty + 16,
       k_empty = k_full + 8 * kStages;
       v_full = k_empty + 8 * kStages, v_empty = v_full + 8 * kStages;
-      t_full = v_empty + 8 * kStages, t_empty = t_full + 16, odd = t_empty + 16, shrink = odd + 8;
+      t_full = v_empty + 8 * kStages, t_empty = t_full + 16, odd = t_empty + 16;
     }
   };
 
@@ -634,7 +634,7 @@ struct Forward {
       // whole row nor a rescaled O. `moved`: a reference of this warp was, and O is still to
       // shrink.
       bool moved = false;
-      const u32 shrink = x.shrink + 4 * (cw * 64 + warp * 16 + (lane >> 2));
+      float shrink[2];
       auto update_ref = [&](bool first) {
         float top[2];
         const bool nonneg =
@@ -643,7 +643,9 @@ struct Forward {
           top[0] = row_max(s, 0, true), top[1] = row_max(s, 1, true);
         else
           top[0] = row_max(s, 0, false), top[1] = row_max(s, 1, false);
-        moved = !first && __any_sync(~0u, top[0] * c - ref[0] > kFar || top[1] * c - ref[1] > kFar);
+        const float share = log2_of(fminf(sum[0], sum[1])) + kShare;
+        const float above = fmaxf(top[0] * c - ref[0], top[1] * c - ref[1]);
+        moved = !first && __any_sync(~0u, above > fmaxf(kFar, fminf(share, kFarthest)));
         if (!first && !moved) return;
 #pragma unroll
         for (int i = 1; i < 3; i++)
@@ -653,9 +655,8 @@ struct Forward {
         for (int hh = 0; hh < 2; hh++) {
           float now = fmaxf(top[hh] * c, first ? kNothing : ref[hh]);
           if (now < 0.f && now >= -kNear) now += kNear;
-          const float by = first ? 0.f : ex2(ref[hh] - now);
-          sum[hh] = first ? 0.f : sum[hh] * by;
-          if (!first && (lane & 3) == 0) store_float(shrink + 32 * hh, by);
+          if (!first) shrink[hh] = ex2(ref[hh] - now);
+          sum[hh] = first ? 0.f : sum[hh] * shrink[hh];
           ref[hh] = now;
         }
       };
@@ -689,21 +690,18 @@ struct Forward {
       n--;
       auto rescale = [&]() {
         if (moved) {
-          __syncwarp();
-          const float by[2] = {load_shared(shrink), load_shared(shrink + 32)};
 #pragma unroll
-          for (int i = 0; i < E / 2; i++) o[i] *= by[i / 2 % 2];
+          for (int i = 0; i < E / 2; i++) o[i] *= shrink[i / 2 % 2];
         }
       };
       auto step = [&](auto width) {
-        if (!kLate) rescale();
+        rescale();
         const int sv = st, pv = ph;  // PV lags QK by one block
         if (++st == kStages) st = 0, ph ^= 1;
         arrived();
         pin(s), pin(o);
         wg_fence();
         issue_qk(st, Width<N>{});
-        if (kLate) rescale(), pin(o);
         mb_wait(x.v_full + 8 * sv, pv);
         wg_fence();
         issue_pv(sv, width);
