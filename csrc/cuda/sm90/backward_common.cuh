@@ -180,7 +180,7 @@ DI KeyTile<true> key_tile_at(const BackwardArgs& a, u32 span) {
   return x;
 }
 
-// Puts it there, once it was asked for. By one thread.
+// By one thread: asks for a Span, and puts its key tile there once it has come.
 DI void ask_key_tile(const BackwardArgs& a, int i, u32 span) {
   const Turn at(a.group, i, *a.key_tiles, a.p.g);
   store_int(span + kTurn, at.head);

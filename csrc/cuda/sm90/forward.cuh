@@ -101,11 +101,13 @@ cudaError_t launch_forward(const FwdParams& p, const cuda::Device& device, cudaS
     }
     if constexpr (D == 128 && M == 192) {
       // Tiles of 192 queries take at least 4 % less time a query (they read K and V less often),
-      // but more of the last ones' rows and of the last round's multiprocessors may be idle.
+      // but more of the last ones' rows and of the last round's multiprocessors may be idle. Under
+      // a mask there is no last round, for tiles are drawn; but more of their blocks are masked.
       const auto rounds = [&](int64_t m) {
         return (p.b * p.h * ((p.s + m - 1) / m) + device.sms - 1) / device.sms * m;
       };
-      if (rounds(M) * 100 > rounds(128) * 104)
+      if (kVariant == cuda::Variant::kFull ? rounds(M) * 100 > rounds(128) * 104
+                                           : p.s < 8192 || p.window_left >= 0)
         return launch_tile<kType, D, E, 128, 128, kVariant>(p, device, stream);
     }
     return launch_tile<kType, D, E, M, N, kVariant>(p, device, stream);

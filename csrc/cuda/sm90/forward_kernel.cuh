@@ -66,11 +66,12 @@ struct Forward {
                         kMask = kOptions & kMasks, kSpan = kOptions & kSpans,
                         kScore = kOptions & kScores, kPage = kOptions & kPages;
   static constexpr int kChunks = N / 8;  // of 8 columns of S
-  // Powers of two: how far a score must be above the reference to move it; how far below 1 a
+  // Powers of two: how far a score must be above the reference to move it, at least, where it is
+  // more than 2^kShare of what this thread has of the row's sum, and at most; how far below 1 a
   // reference may be that is raised by as much, for one above makes maxima cheap (and by a power of
   // two, so that P of a key with all of the weight is not rounded, and out is that key's value:
   // the backward takes any difference for a gradient); the reference of a row without a key.
-  static constexpr float kFar = 1.f, kFarthest = 8.f, kShare = -1.f;
+  static constexpr float kFar = 1.f, kShare = -1.f, kFarthest = 8.f;
   static constexpr float kNear = 2.f, kNothing = -1e38f;
   static constexpr int kLag = 2;  // chunks between an exponential and its addition to the row sum
   static constexpr int kRest = (kSepO ? kOBytes : 0) + kStages * (kKBytes + kVBytes) + 384 + 1024;
@@ -173,11 +174,11 @@ struct Forward {
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
-      const int warp = threadIdx.x / 32;
+      const int warp = agreed(threadIdx.x / 32);
       if constexpr (kPage) {
         if (warp == 0) produce_pages<false>(mq, mk, a, x);
         if (warp == 2) produce_pages<true>(mq, mv, a, x);
-      } else if (threadIdx.x == 0) {
+      } else if (warp == 0) {
         produce(mq, mk, mv, a, x);
       }
       if (kSpan && warp == 1) publish(a, x);
@@ -196,16 +197,22 @@ struct Forward {
     const int st = i % kStages;
     const u32 full = (kV ? x.v_full : x.k_full) + 8 * st;
     mb_wait((kV ? x.v_empty : x.k_empty) + 8 * st, ((i / kStages) & 1) ^ 1);
-    mb_expect(full, kSpan ? N * 128 * chunks_of(width) : kBytes);
+    if (elect_one()) {
+      mb_expect(full, kSpan ? N * 128 * chunks_of(width) : kBytes);
 #pragma unroll
-    for (int c = 0; c < (kV ? E : D) / 64; c++)
-      if (!kSpan || has_chunk(c, width))
-        tma_load((kV ? x.v : x.k) + st * kBytes + c * N * 128, &map, full, c * 64, row, h, box,
-                 kEvictLast);
+      for (int c = 0; c < (kV ? E : D) / 64; c++)
+        if (!kSpan || has_chunk(c, width))
+          tma_load((kV ? x.v : x.k) + st * kBytes + c * N * 128, &map, full, c * 64, row, h, box,
+                   kEvictLast);
+    }
+    __syncwarp();
   }
 
+  // A warp, of which one lane asks: what it asks with is the same in all, or ptxas makes each
+  // request a loop over lanes.
   static DI void produce(const TMap& mq, const TMap& mk, const TMap& mv, const ForwardArgs& a,
                          const Layout& x) {
+    const int lane = threadIdx.x & 31;
     int it = 0, w = 0, round = 0;
     int t = blockIdx.x;
 #pragma unroll 1
@@ -214,41 +221,47 @@ struct Forward {
       const int slot = round & 1;
       if constexpr (kSpan) {
         mb_wait(x.t_full + 8 * slot, (round++ >> 1) & 1);
-        if (Tile<true>(x.tickets + kSlot * slot).head(a.p) < 0) break;
+        if (Tile<>(x.tickets + kSlot * slot).head(a.p) < 0) break;
       } else if constexpr (kDyn) {  // publish this tile, draw the next ticket early
         mb_wait(x.t_empty + 8 * slot, ((round >> 1) & 1) ^ 1);
-        store_int(x.tickets + kSlot * slot, t);
-        mb_arrive(x.t_full + 8 * slot);
+        if (lane == 0) {
+          store_int(x.tickets + kSlot * slot, t);
+          mb_arrive(x.t_full + 8 * slot);
+        }
         round++;
         if (t >= a.tiles) break;
-        if (a.ticket) next = gridDim.x + atomicAdd(a.ticket, 1);
+        if (a.ticket && lane == 0) next = gridDim.x + atomicAdd(a.ticket, 1);
       } else if (t >= a.tiles) {
         break;
       }
-      const Tile<true> tile = tile_of<true>(a, x.tickets, slot, t);
+      const Tile<> tile = tile_of<false>(a, x.tickets, slot, t);
       const Blocks n = tile.blocks(a.p);
       const int h = tile.head(a.p), hk = a.by_ratio(h), k0 = tile.k_row(a.p, 0),
                 box = tile.k_box(a.p);
       const int q0 = tile.q_row(a.p, tile.first(a.p)), q_box = tile.q_box(a.p);
-      if (kSpan) mb_arrive(x.t_empty + 8 * slot);
-      t = kOne ? a.tiles : next;
-      if (n.begin >= n.end) continue;
-      load<false>(mk, a.p, x, it, k0 + (n.end - 1) * N, hk, box);
-      const int qb = w % kQBufs;
-      mb_wait(x.q_empty + 8 * qb, ((w / kQBufs) & 1) ^ 1);
-      w++;
-      mb_expect(x.q_full + 8 * qb, kSpan ? M * 128 * chunks_of(a.p.d) : kQBytes);
+      if (kSpan) mb_arrive_warp(x.t_empty + 8 * slot);
+      if (n.begin < n.end) {
+        load<false>(mk, a.p, x, it, k0 + (n.end - 1) * N, hk, box);
+        const int qb = w % kQBufs;
+        mb_wait(x.q_empty + 8 * qb, ((w / kQBufs) & 1) ^ 1);
+        w++;
+        if (elect_one()) {
+          mb_expect(x.q_full + 8 * qb, kSpan ? M * 128 * chunks_of(a.p.d) : kQBytes);
 #pragma unroll
-      for (int c = 0; c < D / 64; c++)
-        if (!kSpan || has_chunk(c, a.p.d))
-          tma_load(x.q + qb * kQBytes + c * M * 128, &mq, x.q_full + 8 * qb, c * 64, q0, h, q_box,
-                   kEvictFirst);
+          for (int c = 0; c < D / 64; c++)
+            if (!kSpan || has_chunk(c, a.p.d))
+              tma_load(x.q + qb * kQBytes + c * M * 128, &mq, x.q_full + 8 * qb, c * 64, q0, h,
+                       q_box, kEvictFirst);
+        }
+        __syncwarp();
 #pragma unroll 1
-      for (int j = n.end - 2; j >= n.begin; j--, it++) {
-        load<false>(mk, a.p, x, it + 1, k0 + j * N, hk, box);
-        load<true>(mv, a.p, x, it, k0 + (j + 1) * N, hk, box);
+        for (int j = n.end - 2; j >= n.begin; j--, it++) {
+          load<false>(mk, a.p, x, it + 1, k0 + j * N, hk, box);
+          load<true>(mv, a.p, x, it, k0 + (j + 1) * N, hk, box);
+        }
+        load<true>(mv, a.p, x, it++, k0 + n.begin * N, hk, box);
       }
-      load<true>(mv, a.p, x, it++, k0 + n.begin * N, hk, box);
+      t = kOne ? a.tiles : kDyn ? agreed(next) : next;
     }
   }
 
@@ -593,8 +606,9 @@ struct Forward {
           int most = end, least = begin;
           if (kMask && p.right >= 0) most = min(most, at + p.right + 1);
           if (kMask && p.left >= 0) least = max(least, at - p.left);
-          const u32 seen = columns_before(most - c0) & ~(kMask ? columns_before(least - c0) : 0u);
-          // ptxas runs out of predicates in some of the wider rows.
+          // By bits where ptxas does not run out of predicates, as in some of the wider rows.
+          const u32 seen =
+              D > 128 ? 0 : columns_before(most - c0) & ~(kMask ? columns_before(least - c0) : 0u);
 #pragma unroll
           for (int i = 0; i < N / 4; i++) {
             const int column = c0 + i / 2 * 8 + i % 2;
@@ -643,7 +657,9 @@ struct Forward {
           top[0] = row_max(s, 0, true), top[1] = row_max(s, 1, true);
         else
           top[0] = row_max(s, 0, false), top[1] = row_max(s, 1, false);
-        const float share = log2_of(fminf(sum[0], sum[1])) + kShare;
+        const float share = kPage && D > 128  // which lacks registers
+                                ? kFar
+                                : log2_of(fminf(sum[0], sum[1])) + kShare;
         const float above = fmaxf(top[0] * c - ref[0], top[1] * c - ref[1]);
         moved = !first && __any_sync(~0u, above > fmaxf(kFar, fminf(share, kFarthest)));
         if (!first && !moved) return;
