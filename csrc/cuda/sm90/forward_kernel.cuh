@@ -174,7 +174,8 @@ struct Forward {
     __syncthreads();
     if (wg == 0) {
       reg_dec<kProducerRegs>();
-      const int warp = agreed(threadIdx.x / 32);
+      int warp = threadIdx.x / 32;
+      if constexpr (!kPage) warp = agreed(warp);  // with pages, ptxas would spill
       if constexpr (kPage) {
         if (warp == 0) produce_pages<false>(mq, mk, a, x);
         if (warp == 2) produce_pages<true>(mq, mv, a, x);
@@ -657,9 +658,7 @@ struct Forward {
           top[0] = row_max(s, 0, true), top[1] = row_max(s, 1, true);
         else
           top[0] = row_max(s, 0, false), top[1] = row_max(s, 1, false);
-        const float share = kPage && D > 128  // which lacks registers
-                                ? kFar
-                                : log2_of(fminf(sum[0], sum[1])) + kShare;
+        const float share = log2_of(fminf(sum[0], sum[1])) + kShare;
         const float above = fmaxf(top[0] * c - ref[0], top[1] * c - ref[1]);
         moved = !first && __any_sync(~0u, above > fmaxf(kFar, fminf(share, kFarthest)));
         if (!first && !moved) return;
