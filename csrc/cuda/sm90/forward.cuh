@@ -88,6 +88,20 @@ cudaError_t launch_tile(const FwdParams& p, const cuda::Device& device, cudaStre
   return cudaGetLastError();
 }
 
+// At d = 128, whether tiles of 192 queries are best. They read K and V less often, which is energy,
+// and so time; but more of their last rows and of their masked blocks is for nothing, and where
+// they are dealt and not drawn, more multiprocessors may have nothing to do in the last round.
+inline bool is_tall(cuda::Variant variant, const FwdParams& p, int sms) {
+  if (variant == cuda::Variant::kFull) {
+    const auto rounds = [&](int64_t m) {
+      return (p.b * p.h * ((p.s + m - 1) / m) + sms - 1) / sms * m;
+    };
+    return rounds(192) * 100 <= rounds(128) * 104;
+  }
+  if (p.window_left >= 0 || p.segment_ids_q) return false;
+  return variant == cuda::Variant::kSequences ? p.s / p.n >= 2048 : p.s >= 8192;
+}
+
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
 cudaError_t launch_forward(const FwdParams& p, const cuda::Device& device, cudaStream_t stream) {
   if constexpr (kVariant == cuda::Variant::kDecode || kVariant == cuda::Variant::kLatent) {
@@ -100,14 +114,7 @@ cudaError_t launch_forward(const FwdParams& p, const cuda::Device& device, cudaS
         return launch_tile<kType, D, E, 64, 128, kVariant>(p, device, stream);
     }
     if constexpr (D == 128 && M == 192) {
-      // Tiles of 192 queries take at least 4 % less time a query (they read K and V less often),
-      // but more of the last ones' rows and of the last round's multiprocessors may be idle. Under
-      // a mask there is no last round, for tiles are drawn; but more of their blocks are masked.
-      const auto rounds = [&](int64_t m) {
-        return (p.b * p.h * ((p.s + m - 1) / m) + device.sms - 1) / device.sms * m;
-      };
-      if (kVariant == cuda::Variant::kFull ? rounds(M) * 100 > rounds(128) * 104
-                                           : p.s < 8192 || p.window_left >= 0)
+      if (!is_tall(kVariant, p, device.sms))
         return launch_tile<kType, D, E, 128, 128, kVariant>(p, device, stream);
     }
     return launch_tile<kType, D, E, M, N, kVariant>(p, device, stream);
