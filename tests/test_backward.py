@@ -153,6 +153,60 @@ def test_key_tiles_in_pieces(options):
             oracle.same_bits(again[name], grads[name], f"gradient of {name}, run {run}")
 
 
+TALL = {  # what Hopper's tiles of 80 queries serve, and windows that are too narrow for them
+    "full": {"s": 4100, "t": 4205},
+    "causal": {"causal": True, "g": 1, "dtype": "float16"},
+    "top-left": {"causal": True, "alignment": "top_left", "t": 2000, "d": 72},
+    "window": {"window": (5000, 0)},
+    "narrow-window": {"window": (1000, 0), "g": 1},
+    "right": {"window": (-1, 50), "s": 8300, "t": 8200},
+}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="elsewhere rows of any length are one kernel's")
+@pytest.mark.parametrize("options", TALL.values(), ids=TALL)
+def test_tall_rows(options):
+    """Some rows of the gradients of long calls, by hand: the oracle would take minutes for all."""
+    case = Case("tall", "", **({"b": 1, "s": 8300, "t": 8300, "h": 2, "g": 2, "d": 128, "dtype": "bfloat16"} | options))
+    inputs = case.build()
+    arrays = to_device(inputs.arrays)
+    random = np.random.default_rng(1)
+    dout = random.standard_normal((1, case.s, case.h, case.d)).astype(inputs.arrays["q"].dtype)
+    dlse = np.zeros((1, case.h, case.s), np.float32)
+    (out, lse), grads = differentiated(case, inputs, "cuda")(arrays, (dout, dlse))
+    q, k, v, out, dout, lse = (np.asarray(x, np.float64)[0] for x in (*map(inputs.arrays.get, "qkv"), out, dout, lse))
+    delta = (out * dout).sum(-1)  # [s, h]
+    i, j = np.arange(case.s)[:, None], np.arange(case.t)
+    i += 0 if case.alignment == "top_left" else case.t - case.s  # the key that a query sits on
+    left, right = (-1, 0) if case.causal else case.window
+    seen = (j <= i + right if right >= 0 else True) & (j >= i - left if left >= 0 else True) | np.zeros_like(
+        i + j, bool
+    )
+
+    def weights(head, rows, keys):
+        """P and dS of some rows and keys."""
+        own = head // (case.h // case.g)
+        scores = q[rows, head] @ k[keys, own].T * case.d**-0.5
+        mask = seen[rows][:, keys]
+        p = np.where(mask, np.exp(np.where(mask, scores, 0) - np.where(mask, lse[head, rows][:, None], 0)), 0)
+        return p, p * (dout[rows, head] @ v[keys, own].T - delta[rows, head][:, None]) * case.d**-0.5
+
+    def close(found, want, what):
+        assert np.linalg.norm(found - want) <= 1.2e-2 * np.linalg.norm(want) + 1e-6, what
+
+    everything = slice(None)
+    some = {n: np.unique([0, 63, 64, 79, 80, 127, 128, n - 1, *random.integers(0, n, 24)]) for n in (case.s, case.t)}
+    dq, dk, dv = (np.asarray(grads[name], np.float64)[0] for name in "qkv")
+    for head in range(case.h):
+        rows = some[case.s]
+        close(dq[rows, head], weights(head, rows, everything)[1] @ k[:, head // (case.h // case.g)], ("dq", head))
+    for own in range(case.g):
+        keys, heads = some[case.t], range(own * (case.h // case.g), (own + 1) * (case.h // case.g))
+        parts = [(head, *weights(head, everything, keys)) for head in heads]
+        close(dv[keys, own], sum(p.T @ dout[:, head] for head, p, _ in parts), ("dv", own))
+        close(dk[keys, own], sum(ds.T @ q[:, head] for head, _, ds in parts), ("dk", own))
+
+
 BIASES = ("b h s t", "1 h s t", "1 1 s t", "b h 1 t", "b 1 1 t")
 BESIDE = {  # several tiles both ways, ragged; what a bias meets
     "alone": {},

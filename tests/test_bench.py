@@ -113,5 +113,7 @@ def test_orders_are_fair(n):
     assert all(sorted(order) == list(range(n)) for order in rounds)
     places = collections.Counter((place, name) for order in rounds for place, name in enumerate(order))
     follows = collections.Counter(pair for order in rounds for pair in itertools.pairwise(order))
-    assert set(places.values()) == {2} and len(places) == n * n
-    assert set(follows.values()) <= {2} and len(follows) == n * (n - 1)
+    assert set(places.values()) == {2}
+    assert len(places) == n * n
+    assert set(follows.values()) <= {2}
+    assert len(follows) == n * (n - 1)
