@@ -99,7 +99,7 @@ inline bool is_tall(cuda::Variant variant, const FwdParams& p, int sms) {
     return rounds(192) * 100 <= rounds(128) * 104;
   }
   if (p.window_left >= 0 || p.segment_ids_q) return false;
-  return variant == cuda::Variant::kSequences ? p.s / p.n >= 2048 : p.s >= 8192;
+  return variant == cuda::Variant::kSequences ? p.s / p.n >= 2304 : p.s >= 8192;
 }
 
 template <DType kType, int D, int E, int M, int N, cuda::Variant kVariant>
