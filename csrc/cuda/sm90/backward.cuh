@@ -58,7 +58,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
                             // of few queries, do not make up for
     constexpr bool kMask = kVariant != cuda::Variant::kFull;
     const bool narrow =
-        p.window_left >= 0 && p.window_right >= 0 && p.window_left + p.window_right < 4096;
+        p.window_left >= 0 && p.window_right >= 0 && p.window_left + p.window_right < 2048;
     if (p.s < (kMask ? 8192 : 4096) || (kMask && (p.deterministic || sees_nothing || narrow)))
       return launch_backward<kType, D, E, 64, N, cuda::Variant::kMasked>(p, device, stream);
   }
