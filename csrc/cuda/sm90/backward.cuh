@@ -54,10 +54,12 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   const int64_t diagonal = p.top_left ? 0 : p.t - p.s;
   const bool sees_nothing = (p.window_right >= 0 && diagonal + p.window_right < 0) ||
                             (p.window_left >= 0 && p.s - 1 + diagonal - p.window_left >= p.t);
-  if constexpr (M == 80) {  // one stage of K: a key tile begins late, which short rows do not make
-                            // up for
+  if constexpr (M == 80) {  // one stage of K: a key tile begins late, which short rows, or a window
+                            // of few queries, do not make up for
     constexpr bool kMask = kVariant != cuda::Variant::kFull;
-    if (p.s < (kMask ? 8192 : 4096) || (kMask && (p.deterministic || sees_nothing)))
+    const bool narrow =
+        p.window_left >= 0 && p.window_right >= 0 && p.window_left + p.window_right < 2048;
+    if (p.s < (kMask ? 8192 : 4096) || (kMask && (p.deterministic || sees_nothing || narrow)))
       return launch_backward<kType, D, E, 64, N, cuda::Variant::kMasked>(p, device, stream);
   }
   constexpr bool kF16 = kType == DType::kF16;

@@ -491,17 +491,25 @@ struct Backward {
           of_key[1] = score.bias_at(score.bias, key + 8);
         }
       }
-      auto pack_p = [&] {
+      // Registers do not suffice for P in 16 bits beside S and dP, but for that of 16 queries:
+      // their part of dV is what there is to multiply while dS is computed.
+      constexpr bool kLate = M == 80;
+      auto pack_p = [&](int first, int last) {
 #pragma unroll
-        for (int i = 0; i < M / 4; i++) pp[i] = pack<F16>(st[2 * i], st[2 * i + 1]);
+        for (int i = 4 * first; i < 4 * last; i++) pp[i] = pack<F16>(st[2 * i], st[2 * i + 1]);
       };
-      constexpr bool kLate = M == 80;  // registers do not suffice for P in 16 bits beside S and dP
       mb_wait(x.q_full + 8 * s, ph);
       product.scores(st, s);
       auto issue_dp = [&]() {
         mb_wait(x.o_full + 8 * s, ph);
         product.weight_gradients(dp, s);
       };
+      const u32 lse_at = x.lse + s * M * 4 + 8 * (lane & 3),
+                delta_at = x.delta + s * M * 4 + 8 * (lane & 3);
+      constexpr int kRead = kLate ? 4 : 0;  // pairs of lse2 that are read under S
+      float lse2[2 * kRead + 1];
+#pragma unroll
+      for (int j = 0; j < kRead; j++) load_shared2(lse2[2 * j], lse2[2 * j + 1], lse_at + 32 * j);
       if constexpr (kScore) {  // branches follow, and ptxas serialises what is in flight across
                                // them
         wg_wait<0>();
@@ -510,8 +518,6 @@ struct Backward {
         wg_wait<1>();
       }
       pin(st);
-      const u32 lse_at = x.lse + s * M * 4 + 8 * (lane & 3),
-                delta_at = x.delta + s * M * 4 + 8 * (lane & 3);
       if (tail || (kMask && tile.masked(m))) {
         Products::mask(st, p, tile, m, key);
         if (kSpan && tile.compare(p))
@@ -563,11 +569,12 @@ struct Backward {
                                          // than there are
         }
       } else {
-        Products::exponentials(st, lse_at, sl2);
-        if (!kLate) pack_p();
+        Products::template exponentials<kRead>(st, lse_at, sl2, lse2);
+        pack_p(0, kLate ? 1 : M / 16);
+        if (kLate) product.template add_values<0, 1>(dv, pp, s);
       }
       if constexpr (kScore) issue_dp();
-      wg_wait<0>();
+      wg_wait<kLate ? 1 : 0>();
       pin(dp);
       if (left == 1 && elect) mb_arrive(x.v_empty);
       float (&to)[M / 2] = *(kLate ? &dp : &st);  // of dS; late, P is still wanted
@@ -589,10 +596,10 @@ struct Backward {
           }
         }
       }
-      if (kLate) pack_p();
+      if (kLate) pack_p(1, M / 16);
       product.put(ds, s);
       if constexpr (kBias) BiasGradient<F16>(p, a.bias, tile.b(p), tile.n(p), h).add_rows(to, key);
-      product.add_values(dv, pp, s);
+      product.template add_values<kLate ? 1 : 0, M / 16>(dv, pp, s);
       fence_async();
       bar_sync(kBarDs, kDsReaders);
       float dq[D * M / 256];

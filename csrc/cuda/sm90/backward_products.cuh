@@ -35,9 +35,10 @@ struct BackwardProducts {
   DI void scores(float (&st)[M / 2], u32 s) const { keys_by_queries(st, a_k, b_q, s); }
   // dP' = V dO'
   DI void weight_gradients(float (&dp)[M / 2], u32 s) const { keys_by_queries(dp, a_v, b_o, s); }
-  // dV += P' dO
+  // dV += P' dO, of these sixteens of queries: after the first ones dV is in flight
+  template <int kFirst = 0, int kLast = M / 16>
   DI void add_values(float (&dv)[D / 2], const u32 (&p)[M / 4], u32 s) const {
-    add_by_keys(dv, p, t_o, s);
+    add_by_keys<kFirst, kLast>(dv, p, t_o, s);
   }
   // dK += dS' Q
   DI void add_keys(float (&dk)[D / 2], const u32 (&ds)[M / 4], u32 s) const {
@@ -83,12 +84,17 @@ struct BackwardProducts {
     }
   }
 
-  // P = exp2(S * scale * log2(e) - lse2)
-  static DI void exponentials(float (&st)[M / 2], u32 lse_at, float sl2) {
+  // P = exp2(S * scale * log2(e) - lse2), of which kRead pairs of lse2 have been read
+  template <int kRead = 0>
+  static DI void exponentials(float (&st)[M / 2], u32 lse_at, float sl2,
+                              const float* read = nullptr) {
 #pragma unroll
     for (int j = 0; j < M / 8; j++) {
       float l0, l1;
-      load_shared2(l0, l1, lse_at + 32 * j);
+      if (j < kRead)
+        l0 = read[2 * j], l1 = read[2 * j + 1];
+      else
+        load_shared2(l0, l1, lse_at + 32 * j);
 #pragma unroll
       for (int hh = 0; hh < 2; hh++) {
         const int i = 4 * j + 2 * hh;
@@ -125,11 +131,12 @@ struct BackwardProducts {
           desc(b + ((s * K::kQBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4)), k > 0);
     wg_commit();
   }
+  template <int kFirst = 0, int kLast = M / 16>
   DI void add_by_keys(float (&y)[D / 2], const u32 (&a)[M / 4], u32 b, u32 s) const {
-    pin(y);
+    if (kFirst == 0) pin(y);
     wg_fence();
 #pragma unroll
-    for (int k = 0; k < M / 16; k++)
+    for (int k = kFirst; k < kLast; k++)
       Wgmma<D, F16>::template rs<1>(y, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3],
                                     desc(b + ((s * K::kQBytes + k * 2048) >> 4)), 1);
     wg_commit();
