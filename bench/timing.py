@@ -1,19 +1,19 @@
 """Times several implementations of one problem against each other, in one process.
 
-Rounds are interleaved: each round times a burst of every implementation, in an order of its own, so that whatever else
-the machine does hits them alike. A burst enqueues n calls and blocks once, n so large that it lasts `min_burst`
-seconds: on a GPU the time is then the device's and not the dispatch's.
+Rounds are interleaved: each round times a burst of every implementation, so that whatever else the machine does hits
+them alike. A burst enqueues n calls and blocks once, n so large that it lasts `min_burst` seconds: on a GPU the time is
+then the device's and not the dispatch's.
 
 A large GPU is limited by its power, averaged over a second: it runs too fast for a second after it was idle, then too
 slow for a while (each by 5 %). So it is kept busy with all implementations for `SETTLE` seconds first, and each burst
-is led in by `LEAD` seconds of the same calls, untimed.
+is led in by `LEAD` seconds of the same calls, untimed. What ran before still shows in the clock (by up to 3 %), so over
+the rounds each implementation follows each of the others equally often: see `orders`.
 """
 
 import bisect
 import ctypes
 import math
 import os
-import random
 import statistics
 import threading
 import time
@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 Run = Callable[[int], None]  # enqueues n calls and waits for the last
 
-SETTLE, LEAD = 0.7, 0.1  # seconds, on an NVIDIA GPU
+SETTLE, LEAD = 0.7, 0.2  # seconds, on an NVIDIA GPU
 
 
 def _seconds(run: Run, n: int) -> float:
@@ -40,6 +40,16 @@ def burst_length(run: Run, min_burst: float) -> int:
     return max(1, math.ceil(min_burst / once))
 
 
+def orders(n: int, rounds: int) -> list[list[int]]:
+    """Of 0 … n - 1, one a round: in n rounds (2 n for odd n) each has every place once, or twice, and follows each of
+    the others as often (Williams' design)."""
+    first = [(i + 1) // 2 if i % 2 else -(i // 2) % n for i in range(n)]  # 0 1 n-1 2 n-2 ...
+    square = [[(x + turn) % n for x in first] for turn in range(n)]
+    if n % 2:
+        square += [row[::-1] for row in square]
+    return [square[i % len(square)] for i in range(rounds)]
+
+
 def interleaved(runs: dict[str, Run], rounds: int, min_burst: float, pause: float = 0.0) -> dict[str, dict]:
     """name -> {"ms_median", "ms_min", "spread", "cpu_ms", "calls", "rounds"}, milliseconds a call.
 
@@ -51,16 +61,14 @@ def interleaved(runs: dict[str, Run], rounds: int, min_burst: float, pause: floa
     times: dict[str, list[float]] = {name: [] for name in runs}
     processor: dict[str, list[float]] = {name: [] for name in runs}
     spans: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    shuffle = random.Random(0).shuffle
+    names = list(runs)
     with GpuMonitor() as gpu:
         until = time.perf_counter() + (SETTLE if gpu.works else 0.0)
         while time.perf_counter() < until:
             for name, run in runs.items():
                 run(math.ceil(calls[name] * LEAD / min_burst))
-        for _ in range(rounds):
-            order = list(runs)
-            shuffle(order)
-            for name in order:
+        for order in orders(len(names), rounds):
+            for name in (names[i] for i in order):
                 time.sleep(pause)  # lets the other frameworks' idle threads fall asleep
                 if gpu.works:
                     runs[name](math.ceil(calls[name] * LEAD / min_burst))

@@ -1,7 +1,9 @@
 """What the benchmark times, and what its report concludes from figures."""
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import time
 
@@ -133,3 +135,13 @@ def test_the_share_of_reading_is_shown():
 
 def test_a_burst_is_as_long_as_asked():
     assert timing.burst_length(lambda n: time.sleep(0.002 * n), 0.02) in range(5, 12)
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_orders_are_fair(n):
+    rounds = timing.orders(n, 2 * n)
+    assert all(sorted(order) == list(range(n)) for order in rounds)
+    places = collections.Counter((place, name) for order in rounds for place, name in enumerate(order))
+    follows = collections.Counter(pair for order in rounds for pair in itertools.pairwise(order))
+    assert set(places.values()) == {2} and len(places) == n * n
+    assert set(follows.values()) <= {2} and len(follows) == n * (n - 1)
