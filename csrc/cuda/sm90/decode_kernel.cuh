@@ -25,7 +25,7 @@ struct Decode {
   static constexpr int kMeet = kNarrow ? kWarps * (8 * kPitch * 4 + M * 8) : 0;
   static constexpr int kFit = (224 * 1024 - kQBytes - kMeet) / kTile;
   static constexpr int kSlots = kCtas == 2 ? 4 : kFit < 8 ? kFit : 8;  // tiles on their way
-  static constexpr int kEarly = kNarrow ? kSlots / 2 : 0;  // tiles that are asked for early
+  static constexpr int kEarly = kNarrow ? kSlots : 0;  // tiles that are asked for early
   using Work = List<N>;
   static constexpr int kSmem =
       1024 + kQBytes + kMeet + kSlots * kTile + 16 + 20 * kSlots + 3 * (int)sizeof(Piece);
