@@ -92,6 +92,7 @@ def mode_table(result, mode) -> str:
     names = list(dict.fromkeys(name for impls in cases.values() for name in impls))
     names.sort(key=lambda name: name != OURS)
     faster, rows, (rate, factor) = ratios(cases), [], unit(cases)
+    only = result.get("reading") if mode == "decode" else None  # what reading the same bytes takes
     for case, impls in cases.items():
         best = min(faster[case].values(), default=None) if case in faster else None
         fastest = min(impls, key=lambda name: impls[name]["ms_median"])
@@ -99,8 +100,13 @@ def mode_table(result, mode) -> str:
         if len(impls) > 1:
             cells[names.index(fastest)] = f"**{cells[names.index(fastest)]}**"
         rows.append([*problem(next(iter(impls.values()))), *cells, f"{best:.2f}x" if best else "-"])
+        if only and case in only and OURS in impls:
+            rows[-1].append(f"{100 * impls[OURS]['tbps'] / only[case]['tbps']:.0f} %")
+        elif only:
+            rows[-1].append("-")
     text = f"{MODES[mode].capitalize()}, {rate}\n\n"
-    text += table(["dtype", "b x s", "heads", "d", "mask", *names, "to the best peer"], rows)
+    header = ["dtype", "b x s", "heads", "d", "mask", *names, "to the best peer", *(["of reading"] if only else [])]
+    text += table(header, rows)
     if faster:
         best = [min(peers.values()) for peers in faster.values()]
         text += f"\n\nTo the best peer of each row: {geomean(best):.2f}x (geometric mean), {min(best):.2f}x (smallest)."

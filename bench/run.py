@@ -20,7 +20,7 @@ import re
 import sys
 import time
 
-from bench import timing
+from bench import reading, timing
 from bench.builds import Build
 from bench.cells import SUITES, Cell
 from bench.impls import CHAIN, IMPLS, PEERS, steps_of
@@ -33,6 +33,9 @@ PACKAGES = {
     "flash-attn3-jax": ["flash-attn3-jax"],
     "jax-linear-attention": ["jax-linear-attention"],
 }
+
+
+READING = "reading"
 
 
 def csrc_tree(folder: pathlib.Path = pathlib.Path(__file__).parents[1] / "csrc") -> str:
@@ -174,6 +177,7 @@ def main():
         "absent": absent,
         "ceilings": ceilings(),
         "skipped": [],
+        "reading": {},  # case -> what a program takes that reads the same bytes and does nothing else
         "rows": [],
     }
     print(f"{result['device']}; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()))
@@ -191,9 +195,13 @@ def main():
                 runs.pop(name, None)
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
                 result["skipped"].append({"case": cell.id, "impl": name, "why": why})
+        if cell.mode == "decode" and "cores" not in result["device"]:  # a CPU's caches hold these
+            runs[READING] = reading.fastest(cell.cache_bytes(), steps_of(cell))
         measured = timing.interleaved(runs, args.repeat, args.min_burst, pause=pause)
         for times in measured.values():  # a program may hold several decode steps
             times.update({key: times[key] / steps_of(cell) for key in ("ms_median", "ms_min", "cpu_ms")})
+        if only := measured.pop(READING, None):
+            result["reading"][cell.id] = {"tbps": cell.cache_bytes() / only["ms_median"] / 1e9, **only}
         for name, times in measured.items():
             result["rows"].append(row(cell, name, times))
         shown = ", ".join(f"{name} {times['ms_median']:.4g} ms" for name, times in measured.items())

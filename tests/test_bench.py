@@ -7,10 +7,13 @@ import itertools
 import pathlib
 import time
 
+import jax
+import numpy as np
 import pytest
-from bench import compare, overlap, report, timing
+from bench import compare, overlap, reading, report, timing
 from bench.builds import Build
 from bench.cells import SUITES
+from bench.run import row as row_of
 
 import flashjax
 
@@ -101,6 +104,33 @@ def test_another_build_takes_its_turn(tmp_path):
             build.prepare(dataclasses.replace(cell, dtype="float17"))
     with pytest.raises(ImportError, match="no flashjax in"):
         Build(str(tmp_path)).load()
+
+
+def test_what_reads_all_of_it():
+    """Each step reads every word, with what the last row of the step before gave."""
+    (width, run), *others = reading.runs(1 << 20, 3).items()
+    assert len(others) == len(reading.WIDTHS) - 1
+    run(1)
+    words = np.random.default_rng(0).integers(0, 1 << 32, 1 << 12, np.uint32)
+    last = np.zeros(1, np.uint32)
+    for _ in range(3):
+        last = (words.reshape(-1, width) ^ last[-1]).max(axis=1)
+    np.testing.assert_array_equal(jax.jit(reading.program(width, 3))(words), last)
+    assert reading.fastest_width(1 << 20, 3) in reading.WIDTHS
+
+
+def test_the_share_of_reading_is_shown():
+    cells = [cell for cell in SUITES["h200-decode"] if not cell.page][:2]
+    rows = [
+        row_of(cell, name, {"ms_median": ms})
+        for cell in cells
+        for name, ms in (("flashjax", 1.0), ("jax.nn-cudnn", 2.0))
+    ]
+    found = {"device": "a device", "rows": rows, "reading": {cells[0].id: {"tbps": cells[0].cache_bytes() / 0.9e9}}}
+    first, second = report.mode_table(found, "decode").splitlines()[4:6]
+    assert first.endswith("| 2.00x | 90 % |")
+    assert second.endswith("| 2.00x | - |")
+    assert "of reading" not in report.mode_table({"device": "a device", "rows": rows}, "decode")
 
 
 def test_a_burst_is_as_long_as_asked():

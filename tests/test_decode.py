@@ -301,6 +301,40 @@ def test_bad_values_are_skipped(page, s, d, implementation):
         np.testing.assert_allclose(np.asarray(out)[i].astype(np.float64), want, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("page", [0, 16])
+def test_what_the_step_before_decides(page, implementation):
+    """Lengths and pages that a program computes between its calls, with the bits of calls one by one: what a kernel
+    looks at while the one before still runs is only a guess."""
+    b, t, h, g, d = (16, 2048, 8, 2, 128) if ON_GPU else (3, 128, 4, 2, 64)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (b, 1, h, d), jnp.bfloat16)
+    shape = (b * t // page, page, g, d) if page else (b, t, g, d)
+    k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1:])
+    table = jnp.arange(b * t // page, dtype=jnp.int32).reshape(b, -1) if page else None
+
+    def step(q, lengths, table, k, v):
+        more = {"page_table": table} if page else {}
+        call = functools.partial(flashjax.flash_mha_with_kvcache, implementation=implementation)
+        out = call(q, k, v, cache_seqlens=lengths, **more)
+        drawn = jnp.abs(out[:, 0, 0, 0].astype(jnp.float32) * 1e4).astype(jnp.int32) * 131
+        table = jnp.roll(table[::-1], drawn[0] % table.shape[1], axis=1) if page else None
+        return out, drawn % (t + 1), table
+
+    def steps(q, lengths, table, k, v, step=step):
+        results = []
+        for _ in range(8):
+            q, lengths, table = step(q, lengths, table, k, v)
+            results.append((q, lengths))
+        return results
+
+    first = (q, jnp.full((b,), t, jnp.int32), table, k, v)
+    at_once, one_by_one = jax.jit(steps)(*first), steps(*first, step=jax.jit(step))
+    for x, y in zip(at_once, one_by_one, strict=True):
+        oracle.same_bits(x[1], y[1], "lengths")
+        oracle.same_bits(x[0], y[0], "results")
+    assert len({int(lengths[0]) for _, lengths in at_once}) > 4
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_in_command_buffers():

@@ -25,6 +25,7 @@ struct Decode {
   static constexpr int kMeet = kNarrow ? kWarps * (8 * kPitch * 4 + M * 8) : 0;
   static constexpr int kFit = (224 * 1024 - kQBytes - kMeet) / kTile;
   static constexpr int kSlots = kCtas == 2 ? 4 : kFit < 8 ? kFit : 8;  // tiles on their way
+  static constexpr int kEarly = kNarrow ? kSlots : 0;  // tiles that are asked for early
   using Work = List<N>;
   static constexpr int kSmem =
       1024 + kQBytes + kMeet + kSlots * kTile + 16 + 20 * kSlots + 3 * (int)sizeof(Piece);
@@ -59,8 +60,7 @@ struct Decode {
       fence_async();
     }
     __syncthreads();
-    pdl_wait();  // what came before has written the operands, and no longer reads the workspace
-    pdl_launch();
+    if (!kEarly || warp > 0) begin();
     if (warp < 1 + kHelpers / 32) {
       if constexpr (kThreads * kCtas > 256 && !kNarrow) reg_dec<64>();
       if (warp == 0)
@@ -73,6 +73,11 @@ struct Decode {
       if constexpr (kThreads * kCtas > 256) reg_inc<kCtas == 2 ? 192 : 216>();
       consume(a, warp / 4 - 1, x, shared + 1);
     }
+  }
+
+  static DI void begin() {
+    pdl_wait();  // what came before has written the operands, and no longer reads the workspace
+    pdl_launch();
   }
 
   // One warp. A lane brings a box of keys, or several.
@@ -94,9 +99,21 @@ struct Decode {
       for (int c = 0; c < kChunks; c++)
         tma_load(x.q + c * M * 128, &mq, x.q_full, c * 64, row.h, row.i, piece.b, kEvictFirst);
     };
-    Work::walk(a, piece, [&]() {
+    auto bring = [&](bool early) {
       const int hk = a.by_blocks(piece.head), n1 = piece.n1;
       const Boxes<N> boxes{a.pages, count, piece.b, n1, piece.keys.begin, piece.keys.end};
+      if (early) {  // into the L2, a lane each
+        const int shift = __ffs(count) - 1, n = piece.n0 + (lane >> shift);
+        if (n >= piece.n0 + kEarly) return;
+        const Place from = boxes.found(boxes.look(n, lane & (count - 1), true));
+        if (!from.good()) return;
+#pragma unroll
+        for (int c = 0; c < kChunks; c++) {
+          tma_prefetch(&mk, c * 64, from.row, hk, from.page);
+          tma_prefetch(&mv, c * 64, from.row, hk, from.page);
+        }
+        return;
+      }
       Place next = boxes.look(piece.n0, lane);
 #pragma unroll 1
       for (int n = piece.n0; n < n1; n++) {
@@ -127,8 +144,15 @@ struct Decode {
           if (n == piece.n0 && v == 0) hand();
         }
       }
-    });
-    __syncwarp();
+    };
+    // While the kernel before ends, the memory is idle: the first keys, or what are likely to be
+    // them, come into the L2 meanwhile. The same code again has it in the instruction cache.
+#pragma unroll 1
+    for (int early = kEarly > 0; early >= 0; early--) {
+      Work::walk(a, piece, early, [&]() { bring(early); });
+      if (early) begin();
+      __syncwarp();
+    }
     piece.n0 = piece.n1 = piece.b = piece.head = 0;
     hand();
   }

@@ -95,7 +95,7 @@ struct Latent {
       for (int c = 0; c < D / 64; c++)
         tma_load(x.q + c * kRows * 128, &mq, x.q_full, c * 64, row.h, row.i, piece.b, kEvictFirst);
     };
-    Work::walk(a, piece, [&]() {
+    Work::walk(a, piece, false, [&]() {
       const int hk = piece.head / a.blocks, m1 = 2 * piece.n1;  // in halves of tiles
       const Boxes<kKeys> boxes{a.pages, count, piece.b, m1, piece.keys.begin, piece.keys.end};
       int m = 2 * piece.n0;

@@ -62,12 +62,13 @@ struct Keys {
   int base, count, q_len, diagonal;  // keys of the sequence: base to base + count; as in sequence.h
   DI Keys() {}
   // As in sequence.h, in 32 bits: the way to the first keys is part of every call.
-  DI Keys(const DecodeArgs& a, int b, u32 n) {
+  DI Keys(const DecodeArgs& a, int b, u32 n, bool early = false) {
     const flashjax::Problem& p = a.p;
-    const int used_q = p.seqused_q ? p.seqused_q[b] : a.most_q;
-    const int used_k = p.seqused_k ? p.seqused_k[b] : a.most_k;
-    const int pad = p.leftpad ? p.leftpad[b] : 0, entry = p.batch_idx ? p.batch_idx[b] : 0;
-    const int shift = p.shift ? p.shift[b] : 0;
+    auto given = [&](const int* x, int otherwise) {
+      return x ? read_int(x + b, early) : otherwise;
+    };
+    const int used_q = given(p.seqused_q, a.most_q), used_k = given(p.seqused_k, a.most_k);
+    const int pad = given(p.leftpad, 0), entry = given(p.batch_idx, 0), shift = given(p.shift, 0);
     auto limit = [](int y, int most) { return max(0, min(y, most)); };
     q_len = limit(used_q, a.most_q), count = limit(used_k, a.most_k);
     base = limit(pad, count), count -= base;
@@ -123,10 +124,10 @@ struct Boxes {
   int count;              // of a tile
   int b, n1, begin, end;  // row of the batch; the tile after the last; keys
   // Where a box of tile n is, for `found`: asked for a tile ahead.
-  DI Place look(int n, int box) const {
+  DI Place look(int n, int box, bool early = false) const {
     const int key = n * kKeys + box * pages.box;
     if (n >= n1 || box >= count || key >= end || key + pages.box <= begin) return {0, -1};
-    return ask_place(pages, b, key);
+    return ask_place(pages, b, key, early);
   }
   // -2: nothing of use.
   DI Place found(const Place& x) const { return x.row < 0 ? Place{-2, 0} : checked(pages, x); }
@@ -177,19 +178,21 @@ DI End end_of(const DecodeArgs& a, const Piece& piece, const Row& row, float top
 template <int N, int kCluster = 1>
 struct List {
   // Calls f() for each piece that this CTA has to do, which is in x then. By one warp: x lives in
-  // shared memory, where all lanes write the same. Also writes the joints.
+  // shared memory, where all lanes write the same. Also writes the joints. `early`, while the
+  // kernel before still runs: only for the first piece, which is a guess, and nothing else is
+  // written.
   template <class F>
-  static DI void walk(const DecodeArgs& a, Piece& x, F f) {
+  static DI void walk(const DecodeArgs& a, Piece& x, bool early, F f) {
     const int cta = blockIdx.x / kCluster, ctas = gridDim.x / kCluster;
     const int lane = threadIdx.x & 31, n = (int)a.p.b;
     int splits = a.splits, sum = 0, before = 0, all = 0, shares = 0;
     if (!splits) {
-      if (!a.by_head) a.joints[cta] = {0, 0, 0, 0};
+      if (!a.by_head && !early) a.joints[cta] = {0, 0, 0, 0};
       // A lane sums the tiles of the sequences of one bucket.
       int most = 0;
 #pragma unroll 1
       for (int i = lane * a.bucket; i < min(n, (lane + 1) * a.bucket); i++) {
-        const int tiles = Keys(a, i, N).tiles;
+        const int tiles = Keys(a, i, N, early).tiles;
         sum += tiles, most = max(most, tiles);
       }
       most = __reduce_max_sync(~0u, most);
@@ -229,7 +232,7 @@ struct List {
         const int last = b;
         b = a.by_heads(head);
         __syncwarp();
-        if (b != last) x.keys = Keys(a, b, N), x.b = b;
+        if (b != last) x.keys = Keys(a, b, N, early), x.b = b;
         __syncwarp();
         tiles = x.keys.tiles;
         const int parts = min(splits, tiles), slot = item;
@@ -239,11 +242,11 @@ struct List {
         x.head = head - b * a.heads, x.n0 = x.keys.first + part * some + min(part, rest);
         x.n1 = x.n0 + some + (part < rest);
         x.slot = parts == 1 ? -1 : slot;
-        if (part == 0 && a.by_head) a.joints[head] = {head, slot, slot + 1, parts};
+        if (part == 0 && a.by_head && !early) a.joints[head] = {head, slot, slot + 1, parts};
       } else {
         __syncwarp();
         if (t >= at) {
-          x.keys = Keys(a, ++b, N), x.b = b;
+          x.keys = Keys(a, ++b, N, early), x.b = b;
           __syncwarp();
           tiles = x.keys.tiles, at += tiles * a.heads;
           continue;
@@ -253,7 +256,8 @@ struct List {
         const int n0 = heads * tiles - left, n1 = min(tiles, n0 + t1 - t), head = a.heads - heads;
         x.head = head, x.n0 = x.keys.first + n0, x.n1 = x.keys.first + n1;
         x.slot = n1 - n0 == tiles ? -1 : n0 ? cta : ctas + cta;
-        if (n0 == 0 && (n1 < tiles || a.by_head)) {  // as far as the CTA that has the last tile
+        if (n0 == 0 && (n1 < tiles || a.by_head) && !early) {
+          // As far as the CTA that has the last tile.
           const int end = t + tiles - 1, grown = more * (each + 1);
           const int last =
               end < grown ? (u32)end / (u32)(each + 1) : more + (u32)(end - grown) / (u32)each;
@@ -263,6 +267,7 @@ struct List {
         t += n1 - n0;
       }
       f();
+      if (early) return;
     }
   }
 

@@ -20,13 +20,17 @@ struct Place {
   DI bool good() const { return page >= 0; }
 };
 
+// `early`: the kernel before may be writing it yet, so that it is good for a guess and must not
+// stay in the L1.
+DI int read_int(const int* x, bool early) { return early ? __ldcg(x) : *x; }
+
 // Key `key` of batch row b, which must be less than per_row * size, or size. An entry that does not
 // exist has no keys (sequence.h), so it is not looked for. The page is what the table says, which
 // is yet to be checked: who reads it waits for the memory.
-DI Place ask_place(const Pages& p, int b, int key) {
-  if (!p.table) return {p.entry ? p.entry[b] : b, key};
+DI Place ask_place(const Pages& p, int b, int key, bool early = false) {
+  if (!p.table) return {p.entry ? read_int(p.entry + b, early) : b, key};
   const int at = key / p.size;
-  return {p.table[(long long)b * p.per_row + at], key - at * p.size};
+  return {read_int(p.table + (long long)b * p.per_row + at, early), key - at * p.size};
 }
 DI Place checked(const Pages& p, const Place& x) {
   return {(u32)x.page < (u32)p.count ? x.page : -1, x.row};
