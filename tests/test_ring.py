@@ -415,18 +415,6 @@ def test_every_hop_of_zigzag_is_balanced(n):
         assert distance == 0 or all(block.right < 0 for plan in plans for block in plan)
 
 
-@pytest.mark.parametrize("n", [2, 8])
-def test_hops_of_zigzag_are_pairs_of_halves(n):
-    """Both halves of the queries with the first of the keys, or the second with both. A window leaves other blocks."""
-    pieces = SequenceLayout("zigzag", n).pieces(64 * n, n)
-    early, late = [(0, 0), (1, 0)], [(1, 0), (1, 1)]
-    for distance, plans in _ring.hops(pieces, pieces, _blocks.Mask(-1, 0, 0, False)):
-        found = [_ring._halves_of(plan, 64, 64) for plan in plans]
-        assert found == [None if not distance else early if i >= distance else late for i in range(n)]
-    for distance, plans in _ring.hops(pieces, pieces, _blocks.Mask(40, 0, 0, False)):
-        assert all(_ring._halves_of(plan, 64, 64) is None for plan in plans if plan), distance
-
-
 def test_one_program_serves_all_devices(random):
     """A causal ring of any layout has a call a hop, whose ends differ, and no condition. A bias needs conditions."""
     arrays = dense(random)

@@ -227,13 +227,6 @@ class _Spot(NamedTuple):
     ends: tuple[jax.Array, jax.Array] | None  # (first, last + 1) of the block's rows, and of its columns; None: all
 
 
-class _Pair(NamedTuple):
-    """A half of this device's queries, and the half of the keys that it meets: 0 or 1, known at run time only."""
-
-    queries: jax.Array
-    keys: jax.Array
-
-
 class _Parts:
     """Ring and allgather: the attention of this device's queries to the keys of one device after the other."""
 
@@ -308,9 +301,6 @@ class _Parts:
                 so_far, ready = self._attend_block(spot, keys, so_far, nothing)
             return so_far, ready
 
-        pairs = self._pairs(plans)
-        if pairs is not None:
-            return self._attend_pairs(pairs, keys, so_far or nothing)
         if self._is_one_program(plans):
             return branch(self._spots(plans), so_far)
         so_far = self._switch(plans, lambda *operands: branch(*operands)[0], so_far or nothing)
@@ -339,16 +329,6 @@ class _Parts:
         out, lse = compute(*operands)
         return merged(so_far, out, lse), lse
 
-    def _attend_pairs(self, pairs, keys, so_far):
-        out, lse = so_far
-        parts, ready = self._compute_pairs(pairs, keys)
-        for (i, _), part_out, part_lse in zip(pairs, *parts, strict=True):
-            part_lse = _halves(part_lse, "lse", i, -jnp.inf)
-            new_lse = jnp.logaddexp(lse, part_lse)
-            out = out * _weight(lse, new_lse) + _halves(part_out, "out", i) * _weight(part_lse, new_lse)
-            lse = new_lse
-        return (out, lse), ready
-
     # Backward.
 
     def _backward(self, route):
@@ -358,7 +338,7 @@ class _Parts:
             sums["bias"] = jnp.zeros(arrays["bias"].shape, jnp.float32)
         if route is None:
             keys, plans, layout = self._all_at_once()
-            parts, _ = self._gradients(plans, keys)
+            parts = self._gradients(plans, keys)
             for name in ("k", "v"):
                 sums[name] = line.scatter_sum(layout.reorder(parts[name].astype(jnp.float32)), 1)
             sums["q"] = parts["q"]
@@ -367,8 +347,8 @@ class _Parts:
         else:
             # What is left of the own keys' gradients comes home while they are used, which therefore are last.
             def hop(i, distance, plans, keys):
-                parts, ready = self._gradients(plans, keys)
-                ready = [ready]  # what the transfer waits for must have another use, or XLA drops it
+                parts = self._gradients(plans, keys)
+                ready = [parts["k"]]  # what the transfer waits for must have another use, or XLA drops it
                 if i % _AT_ONCE == _AT_ONCE - 1:
                     ready += [sums[name] for name in ("q", "k", "v")]
                 sums["q"] = sums["q"] + parts["q"]
@@ -387,13 +367,7 @@ class _Parts:
         return [sums[slot.name].astype(dtype) for slot, dtype in zip(self.call.results, dtypes, strict=True)]
 
     def _gradients(self, plans, keys):
-        """Gradients by name, of the part of the scores that these keys have, and what to wait for until they are used.
-
-        Those that stay, and those of several blocks, are float32 where parts were added.
-        """
-        pairs = self._pairs(plans)
-        if pairs is not None:
-            return self._gradients_of_pairs(pairs, keys)
+        """Gradients by name, of the part of the scores that these keys have: float32 where parts were added."""
         present = self.arrays | keys
         wanted = ("q", "k", "v", *(("bias",) if "bias" in self.call.wanted else ()))
         alone = self._is_one_program(plans)
@@ -412,17 +386,7 @@ class _Parts:
             return [sums.get(name, jnp.zeros(present[name].shape, jnp.float32)) for name in wanted]
 
         results = branch(self._spots(plans)) if alone else self._switch(plans, branch)
-        found = dict(zip(wanted, results, strict=True))
-        return found, found["k"]
-
-    def _gradients_of_pairs(self, pairs, keys):
-        (dq, dk, dv), ready = self._compute_pairs(pairs, keys)
-        rows, cols = zip(*pairs, strict=True)
-        sums = {
-            name: sum(_halves(x, name, i) for x, i in zip(parts, at, strict=True))
-            for name, parts, at in (("q", dq, rows), ("k", dk, cols), ("v", dv, cols))
-        }
-        return sums | {name: sums[name].astype(keys[name].dtype) for name in ("k", "v")}, ready
+        return dict(zip(wanted, results, strict=True))
 
     def _block_gradients(self, spot, present, wanted):
         call, operands = self._block_call(spot, present)
@@ -451,25 +415,18 @@ class _Parts:
         so XLA might send all of them first, and would hold the keys of all devices at once.
         """
         parcels, unpack = _parcels(self.key_side)
-        at, before, done = 0, start, start
-
-        def in_time(x, done):
-            return x if done is None else jax.lax.optimization_barrier((x, done))[0]
+        at, done = 0, start
 
         def send(distance):
-            return [self.line.shift(x, distance - at) for x in in_time(parcels, done)]
+            waiting = parcels if done is None else jax.lax.optimization_barrier((parcels, done))[0]
+            return [self.line.shift(x, distance - at) for x in waiting]
 
         for i, (distance, plans) in enumerate(route):
             if i == 0 and distance:
                 parcels, at = send(distance), distance
             ahead = route[i + 1][0] if i + 1 < len(route) else 0
             sent = send(ahead) if ahead else parcels
-            # Halves are not copied before the last hop is done either: who copies keys early waits for their transfer.
-            present = unpack(in_time(parcels, done)) if distance else self.key_side
-            present |= self._bias_of(distance)
-            if self._pairs(plans) is not None:
-                present |= in_time({name: x for name, x in self.arrays.items() if name != "sinks"}, before)
-            before, done = done, hop(i, distance, plans, present)
+            done = hop(i, distance, plans, (unpack(parcels) if distance else self.key_side) | self._bias_of(distance))
             parcels, at = sent, ahead
 
     def _bias_of(self, distance):
@@ -485,51 +442,6 @@ class _Parts:
             return total + part
         start = (self.line.index() - distance) % self.line.n * (self.t // self.line.n)
         return jax.lax.dynamic_update_slice_in_dim(total, part, start, 4)
-
-    # Two halves of the queries, each with a half of the keys.
-
-    def _pairs(self, plans) -> tuple[_Pair, _Pair] | None:
-        """The pairs of halves that each device has, if that are its blocks and nothing masks them.
-
-        In a zigzag under a causal mask: both halves of the queries with the first of the keys, or the second with both.
-        They are two rows of one call on whole rows, which is faster than packed rows, by more than it takes to copy
-        the halves that differ.
-        """
-        if set(self.call.names) - {"q", "k", "v", "sinks"} or len(set(plans)) == 1 or self.strategy != "ring":
-            return None
-        s, t = self.s // self.line.n, self.t // self.line.n
-        found = [_halves_of(plan, s, t) for plan in plans]
-        if s % 2 or t % 2 or any(x is None for x in found):
-            return None
-        return tuple(_Pair(*(self.line.pick([x[i][side] for x in found]) for side in range(2))) for i in range(2))
-
-    def _compute_pairs(self, pairs, keys):
-        """For each result its halves, one of each pair; and one that is as the kernel made it."""
-        present = self.arrays | keys
-        attrs = dataclasses.replace(
-            self.call.attrs,
-            window_left=-1,
-            window_right=-1,
-            yields=True,
-            part=True,
-            sequence=Split(),
-        )
-        call = Call(self.call.direction, ("q", "k", "v"), attrs)
-        b = present["q"].shape[0]
-
-        def rows(name):
-            x = _in_halves(present[name], name)
-            x = [
-                jax.lax.dynamic_index_in_dim(x, pair.keys if "t" in SLOTS[name].letters else pair.queries, 1)
-                for pair in pairs
-            ]
-            x = jnp.concatenate(x, 1)
-            return x.reshape(2 * b, *x.shape[2:])
-
-        operands = [rows(slot.name) for slot in call.operands]
-        results = call.compute(self._implementation(call, operands), *operands)
-        split = [x.reshape(b, 2, *x.shape[1:]) for x in results]
-        return [[x[:, i] for i in range(2)] for x in split], results[1]
 
     # One block.
 
@@ -665,39 +577,6 @@ def _pieces(layout: SequenceLayout, length: int, devices: int) -> list[tuple[Pie
     pieces = layout.pieces(length, devices)
     assert pieces is not None  # or `choose` would have said so
     return pieces
-
-
-def _halves_of(plan, s: int, t: int):
-    """Blocks of s queries and t keys as two pairs (half of the queries, half of the keys); None if they are not."""
-    if any(x.left >= 0 or x.right >= 0 for x in plan):
-        return None
-    found = [
-        (i, j)
-        for i, j in itertools.product(range(2), range(2))
-        if any(
-            x.rows[0] <= i * s // 2
-            and x.rows[1] >= (i + 1) * s // 2
-            and x.cols[0] <= j * t // 2
-            and x.cols[1] >= (j + 1) * t // 2
-            for x in plan
-        )
-    ]
-    return found if len(found) == 2 and sum(x.work for x in plan) == 2 * (s // 2) * (t // 2) else None
-
-
-def _in_halves(x, name: str):
-    """An array with its sequence in two: (b, 2, ...), as if each half were a row."""
-    axis = next(i for i, letter in enumerate(SLOTS[name].letters) if letter in "st")
-    x = x.reshape(*x.shape[:axis], 2, x.shape[axis] // 2, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x, axis, 1)
-
-
-def _halves(x, name: str, i, other=0):
-    """An array in float32 whose half i is x, and whose other half is `other`."""
-    axis = next(i for i, letter in enumerate(SLOTS[name].letters) if letter in "st")
-    at = jnp.arange(2).reshape(*(2 if j == axis else 1 for j in range(x.ndim + 1)))
-    both = jnp.where(at == i, jnp.expand_dims(x.astype(jnp.float32), axis), other)
-    return both.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
 
 
 def _may_meet(call: Call, operands):
