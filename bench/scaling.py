@@ -10,7 +10,7 @@ computes such a sequence of its own at the same time: what the slowest of them, 
 
 import argparse
 import functools
-import importlib.util
+import importlib
 import json
 import os
 import pathlib
@@ -26,6 +26,12 @@ import flashjax
 from bench import overlap, timing
 from bench.run import about, command
 
+
+class Disagreement(Exception):
+    """A split sequence does not give what one device does."""
+
+
+MODES = ("fwd", "fwd+bwd")
 CASES = [  # mask, layout, strategy
     ("full", "contiguous", "ring"),
     ("full", "contiguous", "ulysses"),
@@ -58,19 +64,36 @@ def program(mode, attend=flashjax.flash_mha, **options):
     return jax.jit(forward if mode == "fwd" else both)
 
 
-def peers(mode, mask, mesh):
-    """(implementation, case, program) of the other packages that are installed, on a contiguous layout."""
-    causal = mask == "causal"
-    if importlib.util.find_spec("flash_attn3_jax"):
-        import flash_attn3_jax
+def flash_attn3_jax(mask, mesh):
+    attend = importlib.import_module("flash_attn3_jax").flash_mha
+    yield "ring-contiguous", functools.partial(attend, is_causal=mask == "causal")
 
-        yield "flash-attn3-jax", "ring-contiguous", program(mode, flash_attn3_jax.flash_mha, is_causal=causal)
-    if causal and importlib.util.find_spec("jla"):  # jax-linear-attention has no other mask
-        from jla.distributed.context_parallel_attention import context_parallel_attention as attend
 
-        for strategy, layout in (("ulysses", "contiguous"), ("ring", "zigzag")):
-            options = {"mesh": mesh, "axis": "seq", "strategy": strategy}
-            yield "jax-linear-attention", f"{strategy}-{layout}", program(mode, attend, **options)
+def jax_linear_attention(mask, mesh):
+    """Its arrays lie in their natural order; its ring takes them to the zigzag and back."""
+    if mask != "causal":  # it has no other
+        return
+    attend = importlib.import_module("jla.distributed.context_parallel_attention").context_parallel_attention
+    for case in ("ulysses-contiguous", "ring-contiguous"):
+        yield case, functools.partial(attend, mesh=mesh, axis="seq", strategy=case.split("-")[0])
+
+
+PEERS = {"flash-attn3-jax": flash_attn3_jax, "jax-linear-attention": jax_linear_attention}
+
+
+def peers(names, mask, mesh):
+    """((implementation, case), function of q, k and v), and (implementation, why it is absent)."""
+    found, absent = {}, {}
+    for name in names:
+        try:
+            found |= {(name, case): attend for case, attend in PEERS[name](mask, mesh)}
+        except Exception as error:  # not installed, or not made for this jax
+            absent[name] = reason(error)
+    return found, absent
+
+
+def reason(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def runner(function, arrays):
@@ -117,13 +140,15 @@ def check_options(devices, args):
 
 
 def compare(name, layout, got, want):
+    """The largest errors, relative to the largest values, of the result and, if they are there, of the gradients."""
     errors = []
     for x, y in zip(got, want, strict=True):
         x, y = (np.asarray(z, np.float32) for z in (layout.restore(x), y))
         errors.append(float(np.abs(x - y).max() / np.abs(y).max()))
-    print(f"check {name}: {', '.join(f'{x:.1e}' for x in errors)}", flush=True)
-    if not max(errors) < 2e-2:
-        raise SystemExit("the split sequence disagrees with one device")
+    shown = ", ".join(f"{x:.1e}" for x in errors)
+    print(f"check {name}: {shown}", flush=True)
+    if not all(x < 2e-2 for x in errors):  # nor are they nan
+        raise Disagreement(f"errors of {shown}")
 
 
 def check(devices, args):
@@ -140,6 +165,34 @@ def check(devices, args):
         compare(f"{mask} {kind} {strategy}", layout, got, want)
 
 
+def check_peers(names, devices, args):
+    """What of other packages does not give our answers on one device: (implementation, case, mask, mode) -> why.
+
+    Where gradients are wrong the result may be right, and is timed. The size is nearer to what a ring is for than that
+    of `check`.
+    """
+    tokens = min(args.tokens, 2048) * len(devices)
+    mesh = Mesh(np.asarray(devices), ("seq",), axis_types=(AxisType.Auto,))
+    one = operands(tokens, args, jax.sharding.SingleDeviceSharding(devices[0]))
+    many = jax.device_put(one, NamedSharding(mesh, P(None, "seq")))
+    wrong = {}
+    for mask in ("full", "causal"):
+        theirs = peers(names, mask, mesh)[0]
+        for mode in MODES if theirs else ():
+            want = jax.tree.leaves(program(mode, is_causal=mask == "causal")(*one))
+            for (impl, case), attend in theirs.items():
+                try:
+                    got = jax.tree.leaves(program(mode, attend)(*many))
+                    compare(f"{mode} {mask} {impl} {case}", flashjax.SequenceLayout(), got, want)
+                except Disagreement as error:  # must not end the run, nor be timed as if it were right
+                    wrong[impl, case, mask, mode] = f"wrong: {error} at {tokens} tokens"
+                except Exception as error:
+                    wrong[impl, case, mask, mode] = reason(error)
+    for (impl, case, mask, mode), why in wrong.items():
+        print(f"check {mode} {mask} {impl} {case}: {why}", flush=True)
+    return wrong
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
@@ -152,30 +205,32 @@ def main():
     parser.add_argument("--min-burst", type=float, default=0.3)
     parser.add_argument("--only", nargs="*", help="these cases alone, as in ring-zigzag, besides single and apart")
     parser.add_argument("--check", action="store_true", help="compare results and gradients with one device first")
-    parser.add_argument("--peers", action="store_true", help="time other packages too, those that are installed")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="check and time these packages too; by default all")
     parser.add_argument("--profile", action="store_true", help="say what of the transfers is hidden, and the idle time")
     parser.add_argument("--trace", type=pathlib.Path, help="keep the profiles here")
     args = parser.parse_args()
     args.profile |= args.trace is not None
+    names = list(PEERS) if args.peers == [] else args.peers or []
 
     devices = jax.devices()[: args.devices]
     n = len(devices)
     if args.check:
         check(devices, args)
         check_options(devices, args)
+    wrong = check_peers(names, devices, args)
     mesh = Mesh(np.asarray(devices), ("seq",), axis_types=(AxisType.Auto,))
     alone = operands(args.tokens, args, jax.sharding.SingleDeviceSharding(devices[0]))
     split = operands(args.tokens * n, args, NamedSharding(mesh, P(None, "seq")))
     flags = os.environ.get("XLA_FLAGS")
     result = {
-        **about(["flash-attn3-jax", "jax-linear-attention"] if args.peers else []),
+        **about(names),
         "devices": n,
         "command": (f'XLA_FLAGS="{flags}" ' if flags else "") + command("bench.scaling"),
         "skipped": [],
         "rows": [],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for mode in ("fwd", "fwd+bwd"):
+    for mode in MODES:
         for mask in ("full", "causal"):
             causal = {"is_causal": mask == "causal"}
             apart = jax.shard_map(program(mode, **causal), mesh=mesh, in_specs=P(None, "seq"), out_specs=P(None, "seq"))
@@ -185,8 +240,18 @@ def main():
                     layout = flashjax.SequenceLayout(kind, n)
                     call = program(mode, **causal, sequence_layout=layout, strategy=strategy)
                     calls["flashjax", f"{strategy}-{kind}"] = call
-            if args.peers:
-                calls |= {(impl, case): call for impl, case, call in peers(mode, mask, mesh)}
+
+            def skip(impl, case, why, mode=mode, mask=mask):
+                result["skipped"].append({"case": case, "impl": impl, "mode": mode, "mask": mask, "why": why})
+
+            theirs, absent = peers(names, mask, mesh)
+            for impl, why in absent.items():
+                skip(impl, "all", why)
+            for (impl, case), attend in theirs.items():
+                if (impl, case, mask, mode) in wrong:
+                    skip(impl, case, wrong[impl, case, mask, mode])
+                else:
+                    calls[impl, case] = program(mode, attend)
             runs = {
                 ("flashjax", "single"): runner(program(mode, **causal), alone),
                 ("flashjax", "apart"): runner(jax.jit(apart), split),
@@ -198,8 +263,7 @@ def main():
                 except Exception as error:  # recorded: a peer's failure must not end the run, nor vanish
                     if key[0] == "flashjax":
                         raise
-                    why = f"{type(error).__name__}: {error}".splitlines()[0]
-                    result["skipped"].append({"case": key[1], "impl": key[0], "mode": mode, "mask": mask, "why": why})
+                    skip(*key, reason(error))
             measured = timing.interleaved(runs, args.repeat, args.min_burst)
             own = {key: 1 if key[1] in ("single", "apart") else n for key in runs}  # devices that share a sequence
             rate = {
@@ -217,8 +281,7 @@ def main():
                         spans = overlap.recorded(functools.partial(calls[impl, name], *split), keep)
                         row["profile"] = overlap.summary(spans, n - 1)
                     except Exception as error:  # no profiler here: the times above stand
-                        why = f"no profile: {type(error).__name__}: {error}".splitlines()[0]
-                        result["skipped"].append({"case": name, "impl": impl, "mode": mode, "mask": mask, "why": why})
+                        skip(impl, name, f"no profile: {reason(error)}")
                 result["rows"].append(row)
                 print(f"{n} devices, {mode}, {mask}, {impl} {name}: {times['ms_median']:.3f} ms, {tflops:.1f} TFLOP/s "
                       f"a device, {100 * row['of_single']:.1f} % of one alone", flush=True)  # fmt: skip
@@ -228,8 +291,8 @@ def main():
                           f"{x['idle_ms']:.3f} ms, {x['idle_ms_per_hop']:.3f} a hop, largest gap "
                           f"{x['largest_gap_ms']:.3f}", flush=True)  # fmt: skip
             args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for skip in result["skipped"]:
-        print(f"skipped: {skip['mode']}, {skip['mask']}: {skip['impl']} {skip['case']}: {skip['why']}", file=sys.stderr)
+    for x in result["skipped"]:
+        print(f"skipped: {x['mode']}, {x['mask']}: {x['impl']} {x['case']}: {x['why']}", file=sys.stderr)
 
 
 if __name__ == "__main__":

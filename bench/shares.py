@@ -36,6 +36,16 @@ def table(result) -> str:
     return report.table(["mask", "case", *MODES.values()], lines)
 
 
+def skipped(result) -> str:
+    """What was not timed, and why; what could only not be profiled was timed."""
+    found = [
+        f"{x['impl']}, {x['case']} ({x['mask']}, {MODES[x['mode']]}): {x['why']}"
+        for x in result.get("skipped", ())
+        if not x["why"].startswith("no profile")
+    ]
+    return f"Not timed: {'; '.join(found)}." if found else ""
+
+
 def plot(results, path: pathlib.Path) -> None:
     import matplotlib
 
@@ -45,6 +55,7 @@ def plot(results, path: pathlib.Path) -> None:
     panels = [(mode, mask) for mode in MODES for mask in ("full", "causal")]
     names = [label(row) for x in results for row in x["rows"] if row["case"] not in BASELINES]
     names = list(dict.fromkeys(names))
+    ours = {row["case"] for x in results for row in x["rows"] if row["impl"] == report.OURS}
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels) + 1, 2.8), squeeze=False, sharey=True)
     for axis, (mode, mask) in zip(axes[0], panels, strict=True):
         for i, name in enumerate(names):
@@ -55,7 +66,10 @@ def plot(results, path: pathlib.Path) -> None:
                 if (row["mode"], row["mask"], label(row)) == (mode, mask, name)
             }
             if shares:
-                axis.plot([1, *shares], [100, *shares.values()], color=f"C{i}", marker="o", markersize=4, label=name)
+                # A peer on one device does not reach our rate there: no line of its begins at 100 %.
+                start, marker = ({1: 100}, "o") if name in ours else ({}, "x")
+                points = start | shares
+                axis.plot([*points], [*points.values()], color=f"C{i}", marker=marker, markersize=4, label=name)
         axis.set(title=f"{MODES[mode]}, {mask}", xlabel="devices", xticks=[1, *(x["devices"] for x in results)])
         axis.set_ylim(0, 105)
         axis.grid(alpha=0.3)
@@ -75,7 +89,7 @@ def main():
     args = parser.parse_args()
     results = by_devices(args.results)
     for result in results:
-        print(f"{result['devices']} x {result['device']}\n\n{table(result)}\n")
+        print(f"{result['devices']} x {result['device']}\n\n{table(result)}\n\n{skipped(result)}".rstrip() + "\n")
     if args.plot:
         plot(results, args.plot)
         print(f"wrote {args.plot}")

@@ -159,7 +159,7 @@ def scaling_result() -> str:
         parts.append(
             f"{data['devices']} x {data['device']}, {row['tokens']} tokens a device, {row['h']} heads, d = {row['d']}, "
             f"{row['dtype']}; TFLOP/s a device, and their share of what one alone reaches.{age(data)}\n\n"
-            + shares.table(data)
+            + "\n\n".join(filter(None, (shares.table(data), shares.skipped(data))))
             + command(data["command"])
         )
     return "\n\n".join(parts)

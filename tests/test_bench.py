@@ -1,16 +1,19 @@
 """What the benchmark times, and what its report concludes from figures."""
 
+import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from bench import compare, overlap, reading, report, timing
+from bench import compare, overlap, reading, report, scaling, shares, timing
 from bench.builds import Build
 from bench.cells import SUITES
 from bench.run import row as row_of
@@ -147,3 +150,44 @@ def test_orders_are_fair(n):
     assert len(places) == n * n
     assert set(follows.values()) <= {2}
     assert len(follows) == n * (n - 1)
+
+
+def test_peer_with_wrong_gradients(monkeypatch):
+    """Its forward is timed, its gradients are not, and what is missing altogether does not end the run."""
+
+    def right(mask, mesh):
+        yield "ring", functools.partial(flashjax.flash_mha, is_causal=mask == "causal")
+
+    def broken(mask, mesh):
+        ((case, of),) = right(mask, mesh)
+        attend = jax.custom_vjp(lambda *arrays: of(*arrays))
+        attend.defvjp(lambda *arrays: (of(*arrays), arrays), lambda arrays, dout: tuple(x * jnp.nan for x in arrays))
+        yield case, attend
+
+    def missing(mask, mesh):
+        raise ImportError("none here")
+
+    def refuses(mask, mesh):
+        def attend(q, k, v):
+            raise ValueError("no rings here")
+
+        yield "ring", attend
+
+    kinds = {"broken": broken, "right": right, "missing": missing, "refuses": refuses}
+    monkeypatch.setattr(scaling, "PEERS", kinds)
+    args = argparse.Namespace(tokens=32, heads=2, kv_heads=2, dim=16)
+    wrong = scaling.check_peers(list(kinds), jax.devices()[:2], args)
+    assert {key[0] for key in wrong} == {"broken", "refuses"}
+    assert {key[2:] for key in wrong if key[0] == "broken"} == {("full", "fwd+bwd"), ("causal", "fwd+bwd")}
+    assert "nan" in wrong["broken", "ring", "full", "fwd+bwd"]
+    assert len([key for key in wrong if key[0] == "refuses"]) == 4
+    assert scaling.peers(["missing"], "full", None) == ({}, {"missing": "ImportError: none here"})
+
+
+def test_what_scaling_did_not_time():
+    why = [
+        {"impl": "a", "case": "ring", "mask": "full", "mode": "fwd+bwd", "why": "wrong"},
+        {"impl": "flashjax", "case": "ring", "mask": "full", "mode": "fwd", "why": "no profile: none"},
+    ]
+    assert shares.skipped({"skipped": why}) == "Not timed: a, ring (full, forward and backward): wrong."
+    assert shares.skipped({}) == ""
