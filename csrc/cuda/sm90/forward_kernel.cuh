@@ -607,13 +607,15 @@ struct Forward {
           int most = end, least = begin;
           if (kMask && p.right >= 0) most = min(most, at + p.right + 1);
           if (kMask && p.left >= 0) least = max(least, at - p.left);
-          // By bits where ptxas does not run out of predicates, as in some of the wider rows.
+          // By bits where ptxas does not run out of predicates, as in some of the wider rows, and
+          // beside pauses.
+          constexpr bool kBits = D <= 128 && !kJitter;
           const u32 seen =
-              D > 128 ? 0 : columns_before(most - c0) & ~(kMask ? columns_before(least - c0) : 0u);
+              kBits ? columns_before(most - c0) & ~(kMask ? columns_before(least - c0) : 0u) : 0;
 #pragma unroll
           for (int i = 0; i < N / 4; i++) {
             const int column = c0 + i / 2 * 8 + i % 2;
-            if (D > 128 ? column < least || column >= most : !(seen >> i & 1))
+            if (kBits ? !(seen >> i & 1) : column < least || column >= most)
               s[i / 2 * 4 + 2 * hh + i % 2] = -infinity();
           }
         }
