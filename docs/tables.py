@@ -176,7 +176,7 @@ def checks() -> str:
                 x = data[step]
                 found[step] = f"{x['cases']} calls in {x['seconds']:.0f} s, {len(x['failures'])} wrong"
         for row in data.get("sanitize", {}).get("rows", []):
-            found[row["tool"]] = f"{len(row['reports'])} reports, {len(row['not_run'])} not run"
+            found[row["tool"]] = f"{len(row['reports'])} lines of reports, {len(row['not_run'])} not run"
         kernels = f"`{data['csrc_tree'][:12]}`" + (", older than these" if age(data) else "")
         lines += [[step, outcome, kernels] for step, outcome in found.items()]
     return report.table(["step", "outcome", "kernels (`git rev-parse HEAD:csrc`)"], lines)

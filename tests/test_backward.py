@@ -179,9 +179,11 @@ def test_tall_rows(options):
     i, j = np.arange(case.s)[:, None], np.arange(case.t)
     i += 0 if case.alignment == "top_left" else case.t - case.s  # the key that a query sits on
     left, right = (-1, 0) if case.causal else case.window
-    seen = (j <= i + right if right >= 0 else True) & (j >= i - left if left >= 0 else True) | np.zeros_like(
-        i + j, bool
-    )
+    seen = np.ones((case.s, case.t), bool)
+    if right >= 0:
+        seen &= j <= i + right
+    if left >= 0:
+        seen &= j >= i - left
 
     def weights(head, rows, keys):
         """P and dS of some rows and keys."""
