@@ -27,17 +27,21 @@ struct Visits {
   static DI int done(u32 state) { return state / kDone; }
 };
 
+// Padded queries to an entry of `visits`, of which a tile of M has its first.
+template <int M>
+constexpr int kVisitRows = M % 64 ? M : 64;
+
 struct BackwardArgs {
   Problem p;
   const float *lse2,
       *delta;  // [b * h, rows]: lse * log2(e), +inf where P is to be 0; sum of dout * out - dlse
   float* acc;  // dQ, [b * h, rows * D]; register order within a tile of M x D
-  int rows;    // of a head, a multiple of 64: all tiles of M queries, of sequences too
+  int rows;    // of a head, a multiple of M: all its tiles of M queries, of sequences too
   int nblocks, group;       // key blocks of a head; key heads of an L2 section
   int ratio, query_blocks;  // query heads of a key head; tiles of M queries of a head
   int clean;    // some query of a visited tile may have seen nothing, and its dout may be NaN
   u32 stagger;  // 2^32 / nblocks: key blocks of a head begin at different queries; 0: they do not
-  Visits* visits;  // [b * h, rows / 64], of the tile that begins there
+  Visits* visits;  // [b * h, rows / kVisitRows<M>], of the tile that begins there
   int* ticket;     // key tiles that were taken
   int yields;      // transfers want to start beside the kernel: no CTA stays for a second key tile
   int deterministic;   // dQ is added in a fixed order, see visits_before; in rows of one length
@@ -49,7 +53,7 @@ struct BackwardArgs {
   int d;
   const Span *keys, *queries;          // of sequences: tiles of N keys, in order, and of M queries
   const int *key_tiles, *query_tiles;  // how many
-  const int* changes;  // likewise, [b, rows / 64]: by how much visits of a tile of queries differ
+  const int* changes;  // likewise, [b, rows / M]: by how much visits of a tile of queries differ
                        // from those of the tile before it in its sequence
   BiasArgs bias;
 };
@@ -243,8 +247,8 @@ struct Queries {
   long long padded;   // the first, in arrays of [b * h, rows]
   bool none;          // rows of no sequence
   template <int M>
-  DI long long visits() const {  // of the tile of M that begins here
-    return (padded - M % 64 * (first / M)) / 64;
+  DI int visits() const {  // of the tile of M that begins here
+    return (int)padded / kVisitRows<M>;
   }
 };
 
@@ -288,6 +292,8 @@ struct BackwardProducer {
 
   // Bytes of `rows` rows of `width` columns.
   static DI u32 bytes(int rows, int width, int chunks = kChunks) {
+    if constexpr (K::kSpan && K::kPlain)
+      asm volatile("" : "+r"(width));  // or they are kept in registers that are short
     return rows * 128 * (K::kSpan ? chunks_of(width) : chunks);
   }
 
@@ -296,7 +302,7 @@ struct BackwardProducer {
                            int width, int chunks = kChunks) {
     const auto rows = tile.rows();
     const int row = rows.k_row(p, rows.first(p)), box = rows.k_box(p);
-#pragma unroll(K::kMask && !K::kPlain ? 1 : kChunks)
+#pragma unroll(K::kMask && (K::kSpan || !K::kPlain) ? 1 : kChunks)
     for (int c = 0; c < chunks; c++)
       if (!K::kSpan || has_chunk(c, width))
         tma_load(to + c * N * 128, &map, full, c * 64, row, tile.g, box, kEvictFirst);
@@ -312,7 +318,7 @@ struct BackwardProducer {
                    int width, int chunks) {
       mb_wait(empty + 8 * s, ~(it / kStages) & 1);
       mb_expect(full + 8 * s, bytes(M, width, chunks) + M * 4);
-#pragma unroll(K::kMask && !K::kPlain ? 1 : kChunks)
+#pragma unroll(K::kMask && (K::kSpan || !K::kPlain) ? 1 : kChunks)
       for (int c = 0; c < chunks; c++)
         if (!K::kSpan || has_chunk(c, width))
           tma_load(to + s * (chunks * M * 128) + c * M * 128, &map, full + 8 * s, c * 64,
@@ -337,7 +343,8 @@ struct BackwardProducer {
         raw ^= 1 << s;
 #pragma unroll 1
         for (int r0 = 0; r0 < M; r0 += 32) {
-          const float l = load_shared(x.lse + s * M * 4 + (r0 + lane) * 4);
+          float l = 0.f;
+          if (M % 32 == 0 || r0 + lane < M) l = load_shared(x.lse + s * M * 4 + (r0 + lane) * 4);
           clear_rows<kVChunks>(x.o + s * M * kVChunks * 128, M, r0,
                                __ballot_sync(~0u, l == infinity()));
         }
