@@ -120,6 +120,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   a.dq = static_cast<unsigned short*>(p.dq), a.d = static_cast<int>(p.d);
   a.nblocks = static_cast<int>(nblocks), a.group = 1;
   a.query_blocks = static_cast<int>((p.s + M - 1) / M);
+  if (K::kPlain && !kSpan) a.lead = static_cast<int>(rows - p.s), a.p.diagonal -= a.lead;
   a.ratio = a.p.g ? a.p.h / a.p.g : 0;
   a.cut.whole = a.cut.items = static_cast<int>(blocks);
   if (a.p.left >= 0 || a.p.right >= 0) {  // else all CTAs go through one head in step
@@ -219,7 +220,13 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
       check(kSpan ? sequence_map(x, data, p.dtype, p.b, rows, heads, width, box)
                   : tensor_map(x, data, p.dtype, p.b, rows, heads, width, box));
     };
-    map(q, any, p.s, p.h, p.d, M), map(dout, p.s ? p.dout : any, p.s, p.h, p.e, M);
+    auto map_queries = [&](TMap& x, const void* data, int64_t width) {
+      if (kSpan && K::kPlain)
+        check(leading_map(x, data, p.dtype, p.b, p.s, p.h, width, M));
+      else
+        map(x, data, p.s, p.h, width, M);
+    };
+    map_queries(q, any, p.d), map_queries(dout, p.s ? p.dout : any, p.e);
     map(k, p.k, p.t, p.g, p.d, N), map(v, p.v, p.t, p.g, p.e, N);
     map(dk, p.dk, p.t, p.g, p.d, K::kStoreRows), map(dv, p.dv, p.t, p.g, p.e, K::kStoreRows);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));

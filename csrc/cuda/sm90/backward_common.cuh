@@ -39,7 +39,9 @@ struct BackwardArgs {
   int rows;    // of a head, a multiple of M: all its tiles of M queries, of sequences too
   int nblocks, group;       // key blocks of a head; key heads of an L2 section
   int ratio, query_blocks;  // query heads of a key head; tiles of M queries of a head
-  int clean;    // some query of a visited tile may have seen nothing, and its dout may be NaN
+  int lead;   // of tiles of 80 queries under a mask, rows of the first before the first query: the
+              // last, which more keys meet, is full. `p.diagonal` and Walk::m count them in
+  int clean;  // some query of a visited tile may have seen nothing, and its dout may be NaN
   u32 stagger;  // 2^32 / nblocks: key blocks of a head begin at different queries; 0: they do not
   Visits* visits;  // [b * h, rows / kVisitRows<M>], of the tile that begins there
   int* ticket;     // key tiles that were taken
@@ -108,8 +110,9 @@ struct Walk {
 template <class K>
 DI Blocks queries_of(const BackwardArgs& a, int n) {
   if constexpr (!K::kMask) return {0, a.query_blocks, 0, a.query_blocks};
+  const int s = a.p.s + (K::kPlain ? a.lead : 0);
   return query_blocks(a.p, K::kM, true, a.p.diagonal, n * K::kN, min(n * K::kN + K::kN, a.p.t), 0,
-                      a.p.s, a.p.s);
+                      s, s);
 }
 
 // Key blocks of a head are taken in the order of their ranks. The key block of a rank, or the rank
@@ -243,7 +246,7 @@ DI int visits_before(const BackwardArgs& a, const KeyTile<K::kSpan>& x, int m) {
 // Some queries of one head: of a Span's tile, or of a row.
 struct Queries {
   int b, begin;       // where the sequence begins, counted within row b
-  int first, length;  // the first, counted within the sequence; the sequence's
+  int first, length;  // the first, counted within the sequence, or < 0; the sequence's
   long long padded;   // the first, in arrays of [b * h, rows]
   bool none;          // rows of no sequence
   template <int M>
@@ -308,6 +311,16 @@ struct BackwardProducer {
         tma_load(to + c * N * 128, &map, full, c * 64, row, tile.g, box, kEvictFirst);
   }
 
+  // The coordinates of query i in the maps.
+  template <class Rows>
+  static DI int query_row(const BackwardArgs& a, const Rows& rows, int i) {
+    return !K::kPlain ? rows.q_row(a.p, i) : i - (K::kSpan ? rows.begin(a.p) : a.lead);
+  }
+  template <class Rows>
+  static DI int query_box(const Problem& p, const Rows& rows) {
+    return K::kPlain && K::kSpan ? rows.q_end(p) - rows.q_len(p) + rows.begin(p) : rows.q_box(p);
+  }
+
   // The queries of one step; `it` counts the steps of a CTA, here and below.
   static DI void load_queries(const TMap& mq, const TMap& mdo, const BackwardArgs& a,
                               const Layout& x, const Tile& tile, const Walk& at, u32 it) {
@@ -322,7 +335,7 @@ struct BackwardProducer {
       for (int c = 0; c < chunks; c++)
         if (!K::kSpan || has_chunk(c, width))
           tma_load(to + s * (chunks * M * 128) + c * M * 128, &map, full + 8 * s, c * 64,
-                   rows.q_row(a.p, at.m * M), at.h, rows.q_box(a.p), kEvictLast);
+                   query_row(a, rows, at.m * M), at.h, query_box(a.p, rows), kEvictLast);
       const int row = (rows.b(a.p) * a.p.h + at.h) * a.rows + rows.padded(a.p) + at.m * M;
       bulk_load(numbers + s * M * 4, from + row, M * 4, full + 8 * s);
     };
@@ -410,12 +423,12 @@ DI void put_rows(const float (&x)[kCount], u32 to, int chunk, int row, float f,
                 pack<F16>(x[8 * s + 6] * f, x[8 * s + 7] * f));
 }
 
-// The same of a tile whose warpgroups hold it transposed: of its 4 parts of 32 columns the one of
-// that number, 8 rows at a time. Two warps of a warpgroup have the columns of a part, as matrices
-// of 8 x 8.
+// The same of rows from `least` on, of a tile whose warpgroups hold it transposed: of its 4 parts
+// of 32 columns the one of that number, 8 rows at a time. Two warps of a warpgroup have the columns
+// of a part, as matrices of 8 x 8.
 template <bool F16, int D, int M>
 DI void convert_dq_transposed(const BackwardArgs& a, const float* tile, int h, int begin, int rows,
-                              int part) {
+                              int least, int part) {
   static_assert(D == 128);
   const int lane = threadIdx.x & 31, q = lane & 3, column = part * 32 + 8 * q;
   const float4* from = (const float4*)tile + part / 2 * (M * D / 8) + part % 2 * 64 + lane;
@@ -432,7 +445,7 @@ DI void convert_dq_transposed(const BackwardArgs& a, const float* tile, int h, i
       x[2 * k + 1] = transpose_matrix(pack<F16>(f.z * a.p.scale, f.w * a.p.scale));
     }
     transpose_quad(x, q);
-    if (row < rows) *(uint4*)to = make_uint4(x[0], x[1], x[2], x[3]);
+    if (row >= least && row < rows) *(uint4*)to = make_uint4(x[0], x[1], x[2], x[3]);
   }
 }
 

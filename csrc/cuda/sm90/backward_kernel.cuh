@@ -47,7 +47,7 @@ struct Backward {
                                2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
                                2 * kStages * M * 4 + 384 + 1024;
   // Under a mask registers suffice for M = 80 only where nothing is ordered, nor cut; nor cleaned
-  // in rows of one length, nor compared by ids in others.
+  // in rows of one length, nor compared by ids in others. Their last tile is full, see `lead`.
   static constexpr bool kPlain = kMask && M == 80;
   static constexpr bool kCuts = kStays && !kSpan && !kPlain;  // see Cut
   static constexpr int kSaidTogether = 4;                     // visits, see add_tile
@@ -414,7 +414,8 @@ struct Backward {
         z = queries(a, a.queries[m], head, 0);
         if (z.none) continue;
       } else {
-        z = {head / h, 0, m * M, s, (long long)head * a.rows + m * M, false};
+        z = {head / h, 0, m * M - (kPlain ? a.lead : 0), s, (long long)head * a.rows + m * M,
+             false};
       }
       int visits = 0;
       if ((threadIdx.x & 31) == 0) {
@@ -427,7 +428,7 @@ struct Backward {
       const int to = kSpan ? head : head - z.b * h, begin = z.b * s + z.begin + z.first,
                 rows = z.length - z.first, part = u % kParts;
       if constexpr (kTransposed)
-        convert_dq_transposed<F16, D, M>(a, from, to, begin, rows, part);
+        convert_dq_transposed<F16, D, M>(a, from, to, begin, rows, -z.first, part);
       else
         convert_dq<F16, D, M, kByRows>(a, from, to, begin, rows, part * kGroups,
                                        (part + 1) * kGroups, 1);

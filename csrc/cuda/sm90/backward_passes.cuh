@@ -31,14 +31,15 @@ static __global__ void __launch_bounds__(256)
     if (x.none) rows = 0;
   } else {
     const int b = blockIdx.z, r0 = blockIdx.x * kBlock;
-    x = {b, 0, r0, p.s, ((long long)b * p.h + h) * k.rows + r0, false};
+    x = {b, 0, r0 - (K::kPlain ? k.lead : 0), p.s, ((long long)b * p.h + h) * k.rows + r0, false};
     rows = min(kBlock, k.rows - r0);
   }
   const long long bh = (long long)x.b * p.h + h;
 #pragma unroll
   for (int q = 0; q < kBlock / kRows; q++) {
     const int r = q * kRows + threadIdx.x / kLanes, s = x.begin + x.first + r;
-    const float l = x.first + r < x.length ? a.lse[bh * p.s + s] : -infinity();
+    const bool some = x.first + r >= 0 && x.first + r < x.length;
+    const float l = some ? a.lse[bh * p.s + s] : -infinity();
     float sum = 0.f;
     if (l != -infinity() && lane * 8 < p.e) {
       const long long at = (((long long)x.b * p.s + s) * p.h + h) * p.e + lane * 8;
@@ -55,22 +56,23 @@ static __global__ void __launch_bounds__(256)
       a.delta[x.padded + r] = l == -infinity() ? 0.f : sum - a.dlse[bh * p.s + s];
     }
   }
-  const int r0 = x.first, first = threadIdx.x & ~31;
-  const int m = r0 / M;                                          // the tile of these rows
-  const bool begins = K::kSpan ? blockIdx.z == 0 : r0 == m * M;  // offsets that fall move r0
+  const int first = threadIdx.x & ~31;
+  const int row = (int)(x.padded - (K::kSpan ? bh - x.b : bh) * k.rows), m = row / M;  // the tile
+  const bool begins = K::kSpan ? blockIdx.z == 0 : row == m * M;  // offsets that fall move it
   int visits = x.none ? 0 : 1;
   if constexpr (K::kCounts) {
     visits = 0;
     if constexpr (K::kSpan) {
-      const int tile = (int)(x.padded - r0 - (bh - x.b) * k.rows) / M;  // the sequence's first
-      for (int n = threadIdx.x & 31; n <= m && rows > 0; n += 32) visits += k.changes[tile + n];
+      // From the sequence's first tile on.
+      for (int n = (row - x.first) / M + (threadIdx.x & 31); n <= m && rows > 0; n += 32)
+        visits += k.changes[n];
       visits = __reduce_add_sync(~0u, visits);
     } else {
       for (int n = threadIdx.x & 31; n - (int)(threadIdx.x & 31) < k.nblocks; n += 32) {
         const Blocks y = queries_of<K>(k, min(n, k.nblocks - 1));
         visits += __popc(__ballot_sync(~0u, n < k.nblocks && m >= y.begin && m < y.end));
       }
-      if (r0 == 0 && bh == 0) {
+      if (row == 0 && bh == 0) {
         if (threadIdx.x == 0) *k.ticket = 0;
         for (int n = threadIdx.x; n < 2 * k.cut.ranges; n += 256) k.there[n] = 0;
       }
@@ -81,7 +83,7 @@ static __global__ void __launch_bounds__(256)
   }
   if (threadIdx.x == 0 && begins && rows > 0) k.visits[x.template visits<M>()] = {0, visits};
   if (visits == 0)
-    for (int s = r0 + first / 32; s < min(r0 + kBlock, x.length); s += 8)
+    for (int s = max(x.first, 0) + first / 32; s < min(x.first + kBlock, x.length); s += 8)
       for (int i = (threadIdx.x & 31) * 8; i < k.d; i += 256)
         *(uint4*)(k.dq + (((long long)x.b * p.s + x.begin + s) * p.h + h) * k.d + i) =
             make_uint4(0, 0, 0, 0);
@@ -101,7 +103,8 @@ static __global__ void __launch_bounds__(256) backward_convert(const BackwardArg
     if (x.none) return;
   } else {
     const int b = blockIdx.z, first = blockIdx.x * M;
-    x = {b, 0, first, p.s, ((long long)b * p.h + h) * a.rows + first, false};
+    x = {b,    0, first - (K::kPlain ? a.lead : 0), p.s, ((long long)b * p.h + h) * a.rows + first,
+         false};
   }
   if (K::kCounts && a.visits[x.visits<M>()].all == 0) return;
   const float* from = a.acc + x.padded * D;
@@ -109,7 +112,7 @@ static __global__ void __launch_bounds__(256) backward_convert(const BackwardArg
   if constexpr (!K::kTransposed)
     convert_dq<F16, D, M, K::kByRows>(a, from, h, begin, rows, warp, M * D / 512, 8);
   else if (warp < 4)
-    convert_dq_transposed<F16, D, M>(a, from, h, begin, rows, warp);
+    convert_dq_transposed<F16, D, M>(a, from, h, begin, rows, -x.first, warp);
 }
 
 // dsinks: a block for each element, over the batch entries that share it. A sink takes exp(sink -
@@ -131,13 +134,14 @@ static __global__ void __launch_bounds__(256)
       const Queries x = queries(k, k.queries[i], h, 0);
       if (x.none || x.b / batches != own) continue;
       const long long at = ((long long)x.b * k.p.h + h) * k.p.s + x.begin + x.first;
-      for (int r = threadIdx.x % 32; r < min(K::kM, x.length - x.first); r += 32)
+      for (int r = max(-x.first, 0) + threadIdx.x % 32; r < min(K::kM, x.length - x.first); r += 32)
         add(at + r, x.padded + r);
     }
   } else {
     for (int b = own * batches; b < (own + 1) * batches; b++) {
       const long long bh = (long long)b * k.p.h + h;
-      for (int s = threadIdx.x; s < k.p.s; s += 256) add(bh * k.p.s + s, bh * k.rows + s);
+      for (int s = threadIdx.x; s < k.p.s; s += 256)
+        add(bh * k.p.s + s, bh * k.rows + s + (K::kPlain ? k.lead : 0));
     }
   }
   partial[threadIdx.x] = total;

@@ -109,6 +109,14 @@ __device__ int make_span(const flashjax::Problem& p, const List& a, const Run* r
   span.padded = a.padding ? static_cast<int>(z.q_begin / a.padding + i) * a.padding : 0;
   span.clean = p.segment_ids_q || (p.window_right >= 0 && z.diagonal + p.window_right < 0) ||
                (p.window_left >= 0 && z.q_len - 1 + z.diagonal - p.window_left >= z.k_len);
+  if (a.padding % 64 && !gap) {  // the sequence's last tile is full, and its first begins before it
+    const int64_t q_end = z.q_begin + z.q_len, beyond = (a.by_query ? q_end - run.row : z.q_len);
+    const int lead = static_cast<int>((a.padding - beyond % a.padding) % a.padding);
+    if (a.by_query)
+      span.first -= lead, span.padded += lead;
+    else
+      span.q_len += lead, span.diagonal -= lead, span.begin = lead, span.end += falls ? 0 : lead;
+  }
   span.head = 0, span.rank = 0;
   const int64_t last = imin(span.first + a.size, a.by_query ? z.q_len : z.k_len);
   const Range met =
