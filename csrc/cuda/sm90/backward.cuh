@@ -54,12 +54,15 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   const int64_t diagonal = p.top_left ? 0 : p.t - p.s;
   const bool sees_nothing = (p.window_right >= 0 && diagonal + p.window_right < 0) ||
                             (p.window_left >= 0 && p.s - 1 + diagonal - p.window_left >= p.t);
-  if constexpr (M == 80) {  // one stage of K: a key tile begins late, which short rows, or a window
-                            // of few queries, do not make up for
+  if constexpr (M == 80 && kVariant == cuda::Variant::kSequences) {
+    if (p.s / p.n < 2304 || p.deterministic || p.segment_ids_q || p.window_left >= 0)
+      return launch_backward<kType, D, E, 64, N, kVariant>(p, device, stream);
+  } else if constexpr (M == 80) {  // one stage of K: a key tile begins late, which short rows, or a
+                                   // window of few queries, do not make up for
     constexpr bool kMask = kVariant != cuda::Variant::kFull;
     const bool narrow =
         p.window_left >= 0 && p.window_right >= 0 && p.window_left + p.window_right < 2048;
-    if (p.s < (kMask ? 8192 : 4096) || (kMask && (p.deterministic || sees_nothing || narrow)))
+    if (p.s < 4096 || (kMask && (p.deterministic || sees_nothing || narrow)))
       return launch_backward<kType, D, E, 64, N, cuda::Variant::kMasked>(p, device, stream);
   }
   constexpr bool kF16 = kType == DType::kF16;
@@ -71,8 +74,9 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   auto kernel = backward_kernel<K>;
   int smem = K::kSmem;
   // Sequences begin at multiples of M where queries are padded.
-  const int64_t rows = (p.s + 127) / 128 * 128 + (M % 64 ? 64 : 0) +
-                       (p.cu_seqlens_q || p.cu_seqlens_k ? 128 * p.n : 0);
+  const int64_t rows =
+      M % 64 ? ((p.s + M - 1) / M + (p.n > 1 ? p.n : 0)) * M
+             : (p.s + 127) / 128 * 128 + (p.cu_seqlens_q || p.cu_seqlens_k ? 128 * p.n : 0);
   const int64_t heads = p.b * p.h, nblocks = (p.t + N - 1) / N;
   // Heads whose Q, dO and dQ fit in the L2 together, but enough of them that the short blocks of
   // one section fill the gaps that the long ones of the next leave.
@@ -116,6 +120,7 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   a.dq = static_cast<unsigned short*>(p.dq), a.d = static_cast<int>(p.d);
   a.nblocks = static_cast<int>(nblocks), a.group = 1;
   a.query_blocks = static_cast<int>((p.s + M - 1) / M);
+  if (K::kPlain && !kSpan) a.lead = static_cast<int>(rows - p.s), a.p.diagonal -= a.lead;
   a.ratio = a.p.g ? a.p.h / a.p.g : 0;
   a.cut.whole = a.cut.items = static_cast<int>(blocks);
   if (a.p.left >= 0 || a.p.right >= 0) {  // else all CTAs go through one head in step
@@ -191,9 +196,10 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
   }
   const unsigned tiles = static_cast<unsigned>(query_tiles);
   // Even without queries: the kernel counts from what this writes.
-  const dim3 statistics = kSpan
-                              ? dim3(tiles, h, M / 64)
-                              : dim3(static_cast<unsigned>(std::max<int64_t>(rows / 64, 1)), h, b);
+  constexpr int kBlock = kVisitRows<M>;
+  const dim3 statistics =
+      kSpan ? dim3(tiles, h, M / kBlock)
+            : dim3(static_cast<unsigned>(std::max<int64_t>(rows / kBlock, 1)), h, b);
   if (kSpan) {
     check(launch_after(backward_statistics<K, kF16, D, E>, statistics, 256, 0, 1, stream, pass, a));
   } else {
@@ -214,7 +220,13 @@ cudaError_t launch_backward(const BwdParams& p, const cuda::Device& device, cuda
       check(kSpan ? sequence_map(x, data, p.dtype, p.b, rows, heads, width, box)
                   : tensor_map(x, data, p.dtype, p.b, rows, heads, width, box));
     };
-    map(q, any, p.s, p.h, p.d, M), map(dout, p.s ? p.dout : any, p.s, p.h, p.e, M);
+    auto map_queries = [&](TMap& x, const void* data, int64_t width) {
+      if (kSpan && K::kPlain)
+        check(leading_map(x, data, p.dtype, p.b, p.s, p.h, width, M));
+      else
+        map(x, data, p.s, p.h, width, M);
+    };
+    map_queries(q, any, p.d), map_queries(dout, p.s ? p.dout : any, p.e);
     map(k, p.k, p.t, p.g, p.d, N), map(v, p.v, p.t, p.g, p.e, N);
     map(dk, p.dk, p.t, p.g, p.d, K::kStoreRows), map(dv, p.dv, p.t, p.g, p.e, K::kStoreRows);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));

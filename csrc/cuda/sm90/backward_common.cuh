@@ -27,17 +27,23 @@ struct Visits {
   static DI int done(u32 state) { return state / kDone; }
 };
 
+// Padded queries to an entry of `visits`, of which a tile of M has its first.
+template <int M>
+constexpr int kVisitRows = M % 64 ? M : 64;
+
 struct BackwardArgs {
   Problem p;
   const float *lse2,
       *delta;  // [b * h, rows]: lse * log2(e), +inf where P is to be 0; sum of dout * out - dlse
   float* acc;  // dQ, [b * h, rows * D]; register order within a tile of M x D
-  int rows;    // of a head, a multiple of 64: all tiles of M queries, of sequences too
+  int rows;    // of a head, a multiple of M: all its tiles of M queries, of sequences too
   int nblocks, group;       // key blocks of a head; key heads of an L2 section
   int ratio, query_blocks;  // query heads of a key head; tiles of M queries of a head
-  int clean;    // some query of a visited tile may have seen nothing, and its dout may be NaN
+  int lead;   // of tiles of 80 queries under a mask, rows of the first before the first query: the
+              // last, which more keys meet, is full. `p.diagonal` and Walk::m count them in
+  int clean;  // some query of a visited tile may have seen nothing, and its dout may be NaN
   u32 stagger;  // 2^32 / nblocks: key blocks of a head begin at different queries; 0: they do not
-  Visits* visits;  // [b * h, rows / 64], of the tile that begins there
+  Visits* visits;  // [b * h, rows / kVisitRows<M>], of the tile that begins there
   int* ticket;     // key tiles that were taken
   int yields;      // transfers want to start beside the kernel: no CTA stays for a second key tile
   int deterministic;   // dQ is added in a fixed order, see visits_before; in rows of one length
@@ -49,7 +55,7 @@ struct BackwardArgs {
   int d;
   const Span *keys, *queries;          // of sequences: tiles of N keys, in order, and of M queries
   const int *key_tiles, *query_tiles;  // how many
-  const int* changes;  // likewise, [b, rows / 64]: by how much visits of a tile of queries differ
+  const int* changes;  // likewise, [b, rows / M]: by how much visits of a tile of queries differ
                        // from those of the tile before it in its sequence
   BiasArgs bias;
 };
@@ -104,8 +110,9 @@ struct Walk {
 template <class K>
 DI Blocks queries_of(const BackwardArgs& a, int n) {
   if constexpr (!K::kMask) return {0, a.query_blocks, 0, a.query_blocks};
+  const int s = a.p.s + (K::kPlain ? a.lead : 0);
   return query_blocks(a.p, K::kM, true, a.p.diagonal, n * K::kN, min(n * K::kN + K::kN, a.p.t), 0,
-                      a.p.s, a.p.s);
+                      s, s);
 }
 
 // Key blocks of a head are taken in the order of their ranks. The key block of a rank, or the rank
@@ -239,12 +246,12 @@ DI int visits_before(const BackwardArgs& a, const KeyTile<K::kSpan>& x, int m) {
 // Some queries of one head: of a Span's tile, or of a row.
 struct Queries {
   int b, begin;       // where the sequence begins, counted within row b
-  int first, length;  // the first, counted within the sequence; the sequence's
+  int first, length;  // the first, counted within the sequence, or < 0; the sequence's
   long long padded;   // the first, in arrays of [b * h, rows]
   bool none;          // rows of no sequence
   template <int M>
-  DI long long visits() const {  // of the tile of M that begins here
-    return (padded - M % 64 * (first / M)) / 64;
+  DI int visits() const {  // of the tile of M that begins here
+    return (int)padded / kVisitRows<M>;
   }
 };
 
@@ -288,6 +295,8 @@ struct BackwardProducer {
 
   // Bytes of `rows` rows of `width` columns.
   static DI u32 bytes(int rows, int width, int chunks = kChunks) {
+    if constexpr (K::kSpan && K::kPlain)
+      asm volatile("" : "+r"(width));  // or they are kept in registers that are short
     return rows * 128 * (K::kSpan ? chunks_of(width) : chunks);
   }
 
@@ -296,10 +305,20 @@ struct BackwardProducer {
                            int width, int chunks = kChunks) {
     const auto rows = tile.rows();
     const int row = rows.k_row(p, rows.first(p)), box = rows.k_box(p);
-#pragma unroll(K::kMask && !K::kPlain ? 1 : kChunks)
+#pragma unroll(K::kMask && (K::kSpan || !K::kPlain) ? 1 : kChunks)
     for (int c = 0; c < chunks; c++)
       if (!K::kSpan || has_chunk(c, width))
         tma_load(to + c * N * 128, &map, full, c * 64, row, tile.g, box, kEvictFirst);
+  }
+
+  // The coordinates of query i in the maps.
+  template <class Rows>
+  static DI int query_row(const BackwardArgs& a, const Rows& rows, int i) {
+    return !K::kPlain ? rows.q_row(a.p, i) : i - (K::kSpan ? rows.begin(a.p) : a.lead);
+  }
+  template <class Rows>
+  static DI int query_box(const Problem& p, const Rows& rows) {
+    return K::kPlain && K::kSpan ? rows.q_end(p) - rows.q_len(p) + rows.begin(p) : rows.q_box(p);
   }
 
   // The queries of one step; `it` counts the steps of a CTA, here and below.
@@ -312,11 +331,11 @@ struct BackwardProducer {
                    int width, int chunks) {
       mb_wait(empty + 8 * s, ~(it / kStages) & 1);
       mb_expect(full + 8 * s, bytes(M, width, chunks) + M * 4);
-#pragma unroll(K::kMask && !K::kPlain ? 1 : kChunks)
+#pragma unroll(K::kMask && (K::kSpan || !K::kPlain) ? 1 : kChunks)
       for (int c = 0; c < chunks; c++)
         if (!K::kSpan || has_chunk(c, width))
           tma_load(to + s * (chunks * M * 128) + c * M * 128, &map, full + 8 * s, c * 64,
-                   rows.q_row(a.p, at.m * M), at.h, rows.q_box(a.p), kEvictLast);
+                   query_row(a, rows, at.m * M), at.h, query_box(a.p, rows), kEvictLast);
       const int row = (rows.b(a.p) * a.p.h + at.h) * a.rows + rows.padded(a.p) + at.m * M;
       bulk_load(numbers + s * M * 4, from + row, M * 4, full + 8 * s);
     };
@@ -337,7 +356,8 @@ struct BackwardProducer {
         raw ^= 1 << s;
 #pragma unroll 1
         for (int r0 = 0; r0 < M; r0 += 32) {
-          const float l = load_shared(x.lse + s * M * 4 + (r0 + lane) * 4);
+          float l = 0.f;
+          if (M % 32 == 0 || r0 + lane < M) l = load_shared(x.lse + s * M * 4 + (r0 + lane) * 4);
           clear_rows<kVChunks>(x.o + s * M * kVChunks * 128, M, r0,
                                __ballot_sync(~0u, l == infinity()));
         }
@@ -403,12 +423,12 @@ DI void put_rows(const float (&x)[kCount], u32 to, int chunk, int row, float f,
                 pack<F16>(x[8 * s + 6] * f, x[8 * s + 7] * f));
 }
 
-// The same of a tile whose warpgroups hold it transposed: of its 4 parts of 32 columns the one of
-// that number, 8 rows at a time. Two warps of a warpgroup have the columns of a part, as matrices
-// of 8 x 8.
+// The same of rows from `least` on, of a tile whose warpgroups hold it transposed: of its 4 parts
+// of 32 columns the one of that number, 8 rows at a time. Two warps of a warpgroup have the columns
+// of a part, as matrices of 8 x 8.
 template <bool F16, int D, int M>
 DI void convert_dq_transposed(const BackwardArgs& a, const float* tile, int h, int begin, int rows,
-                              int part) {
+                              int least, int part) {
   static_assert(D == 128);
   const int lane = threadIdx.x & 31, q = lane & 3, column = part * 32 + 8 * q;
   const float4* from = (const float4*)tile + part / 2 * (M * D / 8) + part % 2 * 64 + lane;
@@ -425,7 +445,7 @@ DI void convert_dq_transposed(const BackwardArgs& a, const float* tile, int h, i
       x[2 * k + 1] = transpose_matrix(pack<F16>(f.z * a.p.scale, f.w * a.p.scale));
     }
     transpose_quad(x, q);
-    if (row < rows) *(uint4*)to = make_uint4(x[0], x[1], x[2], x[3]);
+    if (row >= least && row < rows) *(uint4*)to = make_uint4(x[0], x[1], x[2], x[3]);
   }
 }
 

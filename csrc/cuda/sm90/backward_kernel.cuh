@@ -38,6 +38,7 @@ struct Backward {
   // How dQ (M x D) is split over the two warpgroups: by rows; by columns;
   // or, transposed, by columns, where M is no multiple of 64.
   static constexpr bool kLean = kProducerRegs == 24 && kStays;
+  static constexpr bool kTight = kLean && kSpan;  // of what a key tile is, too
   static constexpr bool kByRows = M == 128, kTransposed = M % 64 != 0;
   static constexpr int kKStages = kStays && !kTransposed ? 2 : 1;
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kDsBytes = M * N * 2,
@@ -45,7 +46,8 @@ struct Backward {
   static constexpr int kSmem = (kKStages + 1) * kKBytes + kTileStages * kTileBytes +
                                2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
                                2 * kStages * M * 4 + 384 + 1024;
-  // Under a mask registers suffice for M = 80 only where nothing is cleaned, nor ordered, nor cut.
+  // Under a mask registers suffice for M = 80 only where nothing is ordered, nor cut; nor cleaned
+  // in rows of one length, nor compared by ids in others. Their last tile is full, see `lead`.
   static constexpr bool kPlain = kMask && M == 80;
   static constexpr bool kCuts = kStays && !kSpan && !kPlain;  // see Cut
   static constexpr int kSaidTogether = 4;                     // visits, see add_tile
@@ -60,7 +62,7 @@ struct Backward {
   struct Layout {
     u32 k, v, q, o, ds, dq, lse, delta;  // two stages, one of V and dQ, kKStages of K
     u32 k_full, k_empty, v_full, v_empty, q_full, q_empty, o_raw, o_full, o_empty;
-    u32 item, unit, span, bias, bias_full;
+    u32 item, unit, items, next, span, bias, bias_full;
     DI explicit Layout(u32 base) {
       k = base, v = k + kKStages * kKBytes, q = v + kKBytes, o = q + kStages * kQBytes;
       ds = o + kStages * kQBytes, dq = ds + 2 * kDsBytes, bias = dq + kDqBytes;
@@ -69,7 +71,8 @@ struct Backward {
       v_full = k_empty + 16, v_empty = v_full + 8;
       q_full = v_empty + 8, q_empty = q_full + 16;
       o_raw = q_empty + 16, o_full = o_raw + 16, o_empty = o_full + 16;
-      item = o_empty + 16, unit = item + 8, bias_full = unit + 8;
+      item = o_empty + 16, unit = item + 8, items = unit + 4, bias_full = unit + 8;
+      next = bias_full + 16;
       span = k_full + 192;  // spans of two key tiles
     }
   };
@@ -159,13 +162,15 @@ struct Backward {
       const int i = atomicAdd(a.ticket, 1);
       return kCuts ? i + max(i - a.cut.whole, 0) : i;
     };
-    const int items = kSpan ? *a.key_tiles * a.p.g : a.cut.items;
+    const int all = kSpan ? *a.key_tiles * a.p.g : a.cut.items;
+    if (kTight) store_int(x.items, all);
+    auto items = [&] { return kTight ? load_int(x.items) : all; };
     int i = take();
 #pragma unroll 1
     for (u32 k = 0; k == 0 || kStays; k++) {
       const u32 full = x.k_full + 8 * (k % kKStages);
       mb_wait(x.k_empty + 8 * (k % kKStages), ~(k / kKStages) & 1);
-      const bool end = i >= items || (k > 0 && (a.yields || !kStays));
+      const bool end = i >= items() || (k > 0 && (a.yields || !kStays));
       store_int(x.item + 4 * (k % kKStages), end ? -1 : i);
       if (kLean) store_int(x.item + 4, k);  // there is one stage of K: a place that is free
       if (end) {
@@ -178,11 +183,20 @@ struct Backward {
         tile = put_key_tile<Backward>(a, x.span + (k & 1) * kSpanSlot);
       else
         tile = key_tile<Backward>(a, i);
+      // What follows does not hold the key tile where registers are short, nor its number.
+      auto number = [&] { return kLean ? (u32)load_int(x.item + 4) : k; };
+      auto here = [&] {
+        if constexpr (kTight)
+          return key_tile_at<true>(a, x.span + (number() & 1) * kSpanSlot);
+        else
+          return now<true>(a, tile);
+      };
       mb_expect(full, Producer::bytes(N, a.p.d));
       Producer::load_keys(mk, a.p, x.k + (k % kKStages) * kKBytes, tile, full, a.p.d);
       Walk at(tile);
       u32 left = tile.steps();
       int next = i;
+      if (kTight) store_int(x.next, next);
       // V after the queries of the first step, since the last key tile frees it later.
 #pragma unroll 1
       for (bool first = true; first || left; first = false) {
@@ -194,26 +208,27 @@ struct Backward {
             next = i + 1;
           else
             next = take();
+          if (kTight) store_int(x.next, next);
         }
-        if (kSpan && kStays && !a.yields && (first ? left <= 1 : left == 1) && next < items) {
+        if (kTight) next = load_int(x.next);
+        if (kSpan && kStays && !a.yields && (first ? left <= 1 : left == 1) && next < items()) {
           if (kKStages == 2) mb_wait(x.k_empty + 8 * ((k + 1) & 1), ~((k + 1) / 2) & 1);
-          ask_key_tile(a, next, x.span + ((k + 1) & 1) * kSpanSlot);
+          ask_key_tile(a, next, x.span + ((number() + 1) & 1) * kSpanSlot);
         }
         if (left) {
-          const Tile here = now<true>(a, tile);
-          Producer::load_queries(mq, mdo, a, x, here, at, it);
-          left--, it++, at.next(here);
+          Producer::load_queries(mq, mdo, a, x, here(), at, it);
+          left--, it++, at.next(here());
         }
         if (first) {
-          mb_wait(x.v_empty, ~(kLean ? load_int(x.item + 4) : k) & 1);
+          mb_wait(x.v_empty, ~number() & 1);
           mb_expect(x.v_full, Producer::bytes(N, a.p.e));
           Producer::load_keys(mv, a.p, x.v,
-                              kLean ? tile_of(a, x, load_int(x.item), k) : now<true>(a, tile),
+                              kLean && !kSpan ? tile_of(a, x, load_int(x.item), k) : here(),
                               x.v_full, a.p.e);
         }
       }
-      if (kLean) k = load_int(x.item + 4);
-      i = next;
+      k = number();
+      i = kTight ? load_int(x.next) : next;
     }
   }
 
@@ -301,11 +316,12 @@ struct Backward {
     if (elect) bulk_wait<0>();
   }
 
-  static DI void add_tile(const BackwardArgs& a, const Layout& x, const Tile& tile, u32 k) {
+  static DI void add_tile(const BackwardArgs& a, const Layout& x, const Tile& tile, u32& k) {
     const bool elect = (threadIdx.x & 31) == 0, ordered = kMask && !kPlain && a.deterministic;
-    const int padded = tile.padded(a.p) / 64;
+    constexpr int kRows = kVisitRows<M>, kStep = M / kRows;
+    const int padded = tile.padded(a.p) / kRows;
     auto entry = [&](const Walk& at) {  // of `visits`
-      return padded + at.h * (a.rows / 64) + at.m * (M / 64);
+      return padded + at.h * (a.rows / kRows) + at.m * kStep;
     };
     auto begin = [&](const Walk& at) {
       return elect ? atomicOr(&a.visits[entry(at)].state, Visits::kBegun) : 0;
@@ -319,7 +335,7 @@ struct Backward {
       fence_async_global();
       fence_gpu();
 #pragma unroll 1
-      for (; pending; pending--, oldest += M / 64)
+      for (; pending; pending--, oldest += kStep)
         add_relaxed(&a.visits[oldest].state, Visits::kDone);
     };
     Walk at(tile);
@@ -345,7 +361,7 @@ struct Backward {
       for (int w = 0; w < 2; w++) {
         bar_sync(kBarDqFull + w, 160);
         if (elect) {
-          float* to = a.acc + (64ll * here + M % 64 * at.m) * D + w * (M * D / 2);
+          float* to = a.acc + (long long)kRows * here * D + w * (M * D / 2);
           if (first)
             bulk_store(to, x.dq + w * (M * D * 2), M * D * 2);
           else
@@ -354,7 +370,7 @@ struct Backward {
         }
       }
       if (elect) {
-        const bool follows = here == oldest + pending * (M / 64);
+        const bool follows = here == oldest + pending * kStep;
         if (pending && (pending == kSaidTogether || stored || !follows)) bulk_wait<2>(), publish();
         if (pending == 0) oldest = here;
         pending++, stored = first;
@@ -368,6 +384,7 @@ struct Backward {
       __syncwarp();
       bar_arrive(kBarDqFree + 1, 160);
     }
+    if (kTight) k = agreed(load_int(x.item + 4));
     if (elect) mb_arrive(x.k_empty + 8 * (k % kKStages));
     if (pending) bulk_wait<0>(), publish();
   }
@@ -397,7 +414,8 @@ struct Backward {
         z = queries(a, a.queries[m], head, 0);
         if (z.none) continue;
       } else {
-        z = {head / h, 0, m * M, s, (long long)head * a.rows + m * M, false};
+        z = {head / h, 0, m * M - (kPlain ? a.lead : 0), s, (long long)head * a.rows + m * M,
+             false};
       }
       int visits = 0;
       if ((threadIdx.x & 31) == 0) {
@@ -410,7 +428,7 @@ struct Backward {
       const int to = kSpan ? head : head - z.b * h, begin = z.b * s + z.begin + z.first,
                 rows = z.length - z.first, part = u % kParts;
       if constexpr (kTransposed)
-        convert_dq_transposed<F16, D, M>(a, from, to, begin, rows, part);
+        convert_dq_transposed<F16, D, M>(a, from, to, begin, rows, -z.first, part);
       else
         convert_dq<F16, D, M, kByRows>(a, from, to, begin, rows, part * kGroups,
                                        (part + 1) * kGroups, 1);
@@ -520,7 +538,7 @@ struct Backward {
       pin(st);
       if (tail || (kMask && tile.masked(m))) {
         Products::mask(st, p, tile, m, key);
-        if (kSpan && tile.compare(p))
+        if (kSpan && !kPlain && tile.compare(p))
           mask_segments(st, tile.key_ids(p), key, tile.k_len(p), tile.query_ids(p), m * M,
                         tile.q_len(p));
       }

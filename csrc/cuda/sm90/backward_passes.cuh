@@ -14,30 +14,32 @@ struct PassArgs {
 // delta = sum of dout * out - dlse, and lse2 = lse * log2(e); for a query that saw nothing, or is
 // none, +inf and 0. What the kernel counts begins; a kernel that does not count finds its
 // accumulator cleared. dq of tiles that no key block visits, and of rows of no sequence, is 0. 64
-// rows a block of 256 threads; a row by E / 8 lanes.
+// rows, or a tile, a block of 256 threads; a row by E / 8 lanes.
 template <class K, bool F16, int D, int E>
 static __global__ void __launch_bounds__(256)
     backward_statistics(const PassArgs a, const BackwardArgs k) {
-  constexpr int kLanes = E / 8, kRows = 256 / kLanes, M = K::kM;
+  constexpr int kLanes = E / 8, kRows = 256 / kLanes, M = K::kM, kBlock = kVisitRows<M>;
+  static_assert(kBlock % kRows == 0 && M % kBlock == 0);
   const Problem& p = k.p;
   const int h = blockIdx.y, lane = threadIdx.x % kLanes;
   Queries x;
-  int rows = 64;  // that exist in the arrays of this pass
+  int rows = kBlock;  // that exist in the arrays of this pass
   if constexpr (K::kSpan) {
     pdl_wait();  // for the plan
     if (blockIdx.x >= *k.query_tiles) return;
-    x = queries(k, k.queries[blockIdx.x], h, 64 * blockIdx.z);
+    x = queries(k, k.queries[blockIdx.x], h, kBlock * blockIdx.z);
     if (x.none) rows = 0;
   } else {
-    const int b = blockIdx.z, r0 = blockIdx.x * 64;
-    x = {b, 0, r0, p.s, ((long long)b * p.h + h) * k.rows + r0, false};
-    rows = min(64, k.rows - r0);
+    const int b = blockIdx.z, r0 = blockIdx.x * kBlock;
+    x = {b, 0, r0 - (K::kPlain ? k.lead : 0), p.s, ((long long)b * p.h + h) * k.rows + r0, false};
+    rows = min(kBlock, k.rows - r0);
   }
   const long long bh = (long long)x.b * p.h + h;
 #pragma unroll
-  for (int q = 0; q < 64 / kRows; q++) {
+  for (int q = 0; q < kBlock / kRows; q++) {
     const int r = q * kRows + threadIdx.x / kLanes, s = x.begin + x.first + r;
-    const float l = x.first + r < x.length ? a.lse[bh * p.s + s] : -infinity();
+    const bool some = x.first + r >= 0 && x.first + r < x.length;
+    const float l = some ? a.lse[bh * p.s + s] : -infinity();
     float sum = 0.f;
     if (l != -infinity() && lane * 8 < p.e) {
       const long long at = (((long long)x.b * p.s + s) * p.h + h) * p.e + lane * 8;
@@ -54,23 +56,23 @@ static __global__ void __launch_bounds__(256)
       a.delta[x.padded + r] = l == -infinity() ? 0.f : sum - a.dlse[bh * p.s + s];
     }
   }
-  const int r0 = x.first, first = threadIdx.x & ~31;
-  const int m = K::kSpan ? r0 / M : (r0 + M - 1) / M;  // the tile that begins here, if one does
-  const bool begins = K::kSpan ? blockIdx.z == 0 : m * M < min(r0 + 64, k.rows);
+  const int first = threadIdx.x & ~31;
+  const int row = (int)(x.padded - (K::kSpan ? bh - x.b : bh) * k.rows), m = row / M;  // the tile
+  const bool begins = K::kSpan ? blockIdx.z == 0 : row == m * M;  // offsets that fall move it
   int visits = x.none ? 0 : 1;
   if constexpr (K::kCounts) {
     visits = 0;
     if constexpr (K::kSpan) {
-      const long long tile = (x.padded - r0) / 64 - (bh - x.b) * (k.rows / 64);
-      for (int n = threadIdx.x & 31; n <= m && rows > 0; n += 32)
-        visits += k.changes[tile + n * (M / 64)];
+      // From the sequence's first tile on.
+      for (int n = (row - x.first) / M + (threadIdx.x & 31); n <= m && rows > 0; n += 32)
+        visits += k.changes[n];
       visits = __reduce_add_sync(~0u, visits);
     } else {
       for (int n = threadIdx.x & 31; n - (int)(threadIdx.x & 31) < k.nblocks; n += 32) {
         const Blocks y = queries_of<K>(k, min(n, k.nblocks - 1));
         visits += __popc(__ballot_sync(~0u, n < k.nblocks && m >= y.begin && m < y.end));
       }
-      if (r0 == 0 && bh == 0) {
+      if (row == 0 && bh == 0) {
         if (threadIdx.x == 0) *k.ticket = 0;
         for (int n = threadIdx.x; n < 2 * k.cut.ranges; n += 256) k.there[n] = 0;
       }
@@ -79,11 +81,9 @@ static __global__ void __launch_bounds__(256)
     float4* acc = (float4*)(k.acc + x.padded * D);
     for (int i = threadIdx.x; i < rows * D / 4; i += 256) acc[i] = make_float4(0, 0, 0, 0);
   }
-  if (threadIdx.x == 0 && begins && !x.none)
-    k.visits[K::kSpan ? x.padded / 64 : bh * (k.rows / 64) + m * (M / 64)] = {0, visits};
-  const int clear = K::kSpan ? r0 : m * M, clears = K::kSpan ? 64 : begins ? M : 0;
+  if (threadIdx.x == 0 && begins && rows > 0) k.visits[x.template visits<M>()] = {0, visits};
   if (visits == 0)
-    for (int s = clear + first / 32; s < min(clear + clears, x.length); s += 8)
+    for (int s = max(x.first, 0) + first / 32; s < min(x.first + kBlock, x.length); s += 8)
       for (int i = (threadIdx.x & 31) * 8; i < k.d; i += 256)
         *(uint4*)(k.dq + (((long long)x.b * p.s + x.begin + s) * p.h + h) * k.d + i) =
             make_uint4(0, 0, 0, 0);
@@ -103,7 +103,8 @@ static __global__ void __launch_bounds__(256) backward_convert(const BackwardArg
     if (x.none) return;
   } else {
     const int b = blockIdx.z, first = blockIdx.x * M;
-    x = {b, 0, first, p.s, ((long long)b * p.h + h) * a.rows + first, false};
+    x = {b,    0, first - (K::kPlain ? a.lead : 0), p.s, ((long long)b * p.h + h) * a.rows + first,
+         false};
   }
   if (K::kCounts && a.visits[x.visits<M>()].all == 0) return;
   const float* from = a.acc + x.padded * D;
@@ -111,7 +112,7 @@ static __global__ void __launch_bounds__(256) backward_convert(const BackwardArg
   if constexpr (!K::kTransposed)
     convert_dq<F16, D, M, K::kByRows>(a, from, h, begin, rows, warp, M * D / 512, 8);
   else if (warp < 4)
-    convert_dq_transposed<F16, D, M>(a, from, h, begin, rows, warp);
+    convert_dq_transposed<F16, D, M>(a, from, h, begin, rows, -x.first, warp);
 }
 
 // dsinks: a block for each element, over the batch entries that share it. A sink takes exp(sink -
@@ -133,13 +134,14 @@ static __global__ void __launch_bounds__(256)
       const Queries x = queries(k, k.queries[i], h, 0);
       if (x.none || x.b / batches != own) continue;
       const long long at = ((long long)x.b * k.p.h + h) * k.p.s + x.begin + x.first;
-      for (int r = threadIdx.x % 32; r < min(K::kM, x.length - x.first); r += 32)
+      for (int r = max(-x.first, 0) + threadIdx.x % 32; r < min(K::kM, x.length - x.first); r += 32)
         add(at + r, x.padded + r);
     }
   } else {
     for (int b = own * batches; b < (own + 1) * batches; b++) {
       const long long bh = (long long)b * k.p.h + h;
-      for (int s = threadIdx.x; s < k.p.s; s += 256) add(bh * k.p.s + s, bh * k.rows + s);
+      for (int s = threadIdx.x; s < k.p.s; s += 256)
+        add(bh * k.p.s + s, bh * k.rows + s + (K::kPlain ? k.lead : 0));
     }
   }
   partial[threadIdx.x] = total;

@@ -96,6 +96,17 @@ inline cudaError_t sequence_map(TMap& map, const void* data, DType dtype, int64_
                     promotion);
 }
 
+// The same for boxes that begin where a sequence begins, or up to a box before: by (column, i,
+// head, begin), where row i of the sequence is number begin + i. Rows before the first are read as
+// zeros; nobody may ask for those after the last.
+inline cudaError_t leading_map(TMap& map, const void* data, DType dtype, int64_t b, int64_t rows,
+                               int64_t heads, int64_t width, int box, int promotion = 256) {
+  const int64_t row = heads * width;
+  return tensor_map(map, data, dtype,
+                    {{width, rows, heads, b * rows}, {row, width, row}, {64, box, 1, 1}},
+                    promotion);
+}
+
 // Where the keys of a problem lie, for tiles of `tile` keys.
 inline Pages pages(const flashjax::Problem& p, int tile) {
   Pages x{};

@@ -67,13 +67,13 @@ __device__ Sequence slot(const flashjax::Problem& p, int b, int i) {
 // Visits to tiles of queries by a tile of keys, for the statistics to sum up. Nobody reads what
 // lies past a sequence's last tile, which may be the next one's.
 __device__ void count_visits(const PlanArgs& all, const List& a, const Span& x) {
-  const int size = a.padding, step = size / 64;
+  const int size = a.padding;
   const Blocks y = query_blocks(all.own, size, true, x.diagonal, x.first,
                                 min(x.first + a.size, x.k_len), x.begin, x.end, x.q_len);
-  int* to = a.changes + x.b * a.changes_of_row + x.padded / 64;
+  int* to = a.changes + x.b * a.changes_of_row + x.padded / size;
   if (y.begin == y.end) return;
-  atomicAdd(to + y.begin * step, 1);
-  if (y.end * size < x.q_len) atomicAdd(to + y.end * step, -1);
+  atomicAdd(to + y.begin, 1);
+  if (y.end * size < x.q_len) atomicAdd(to + y.end, -1);
 }
 
 // Tile x of all, unordered; returns its bin in the order. The last run that begins at x or before
@@ -109,6 +109,14 @@ __device__ int make_span(const flashjax::Problem& p, const List& a, const Run* r
   span.padded = a.padding ? static_cast<int>(z.q_begin / a.padding + i) * a.padding : 0;
   span.clean = p.segment_ids_q || (p.window_right >= 0 && z.diagonal + p.window_right < 0) ||
                (p.window_left >= 0 && z.q_len - 1 + z.diagonal - p.window_left >= z.k_len);
+  if (a.padding % 64 && !gap) {  // the sequence's last tile is full, and its first begins before it
+    const int64_t q_end = z.q_begin + z.q_len, beyond = (a.by_query ? q_end - run.row : z.q_len);
+    const int lead = static_cast<int>((a.padding - beyond % a.padding) % a.padding);
+    if (a.by_query)
+      span.first -= lead, span.padded += lead;
+    else
+      span.q_len += lead, span.diagonal -= lead, span.begin = lead, span.end += falls ? 0 : lead;
+  }
   span.head = 0, span.rank = 0;
   const int64_t last = imin(span.first + a.size, a.by_query ? z.q_len : z.k_len);
   const Range met =
@@ -258,7 +266,7 @@ cudaError_t plan_sequences(const flashjax::Problem& p, const PlanShape* shapes, 
     const int64_t bound = x.by_query ? p.max_seqlen_k : p.max_seqlen_q;
     const int64_t longest = imax(bound < 0 ? others : imin(bound, others), 1);
     y.by_query = x.by_query, y.order = x.order, y.size = x.size, y.padding = x.padding;
-    y.changes = x.changes, y.changes_of_row = static_cast<int>(x.rows / 64);
+    y.changes = x.changes, y.changes_of_row = static_cast<int>(x.padding ? x.rows / x.padding : 0);
     y.rows = static_cast<int>(x.by_query ? p.s : p.t);
     y.chunk = static_cast<int>(imin(chunk, INT32_MAX));
     y.classes = static_cast<int>(kBins / imax(chunks, 1));
