@@ -50,6 +50,8 @@ struct Backward {
   // in rows of one length, nor compared by ids in others. Their last tile is full, see `lead`.
   static constexpr bool kPlain = kMask && M == 80;
   static constexpr bool kCuts = kStays && !kSpan && !kPlain;  // see Cut
+  // A warpgroup whose keys no query of a tile sees, as on the diagonal, leaves that step out.
+  static constexpr bool kSkips = kMask && !kScore && M < 128;
   static constexpr int kSaidTogether = 4;                     // visits, see add_tile
   static_assert(N == 128 && (D == 64 || D == 128) && kSmem <= 232448 &&
                 (M == 64 || (M == 128 && D == 64) || (M == 80 && D == 128)));
@@ -487,10 +489,20 @@ struct Backward {
                           (lane >> 2 & 3) * 4;
     const int key =
         tile.first(p) + cw * 64 + warp * 16 + (lane >> 2);  // this thread's keys: key and key + 8
-    const bool tail = tile.first(p) + N > tile.k_len(p);
+    const bool tail = tile.first(p) + N > tile.k_len(p),
+               no_keys = tile.first(p) + cw * 64 >= tile.k_len(p);  // here, of this warpgroup
     const float sl2 = p.scale * kLog2E;
     const u32 steps = tile.steps();
     Walk at(tile);
+    auto stage = [&](const float (&dq)[D * M / 256], u32 it) {  // for the adding warp
+      if (it > 0) bar_sync(kBarDqFree + cw, 160);
+#pragma unroll
+      for (int i = 0; i < D * M / 256; i += 4)
+        store_shared4(x.dq + cw * (M * D * 2) + (i * 128 + tid * 4) * 4, dq[i], dq[i + 1],
+                      dq[i + 2], dq[i + 3]);
+      fence_async();
+      bar_arrive(kBarDqFull + cw, 160);
+    };
     // The stores of the last key tile have read what is about to be overwritten.
     if (kKStages > 1 && k > 0) release_keys(x, k - 1);
     bar_sync(kBarStore + cw, 128);
@@ -499,6 +511,24 @@ struct Backward {
     for (u32 left = steps; left; left--, it++, at.next(tile)) {
       const int m = at.m, h = at.h;
       const u32 s = it % kStages, ph = it / kStages & 1;
+      if (kSkips && (no_keys ||
+                     (tile.masked(m) &&
+                      Products::none_seen(p, tile, m, tile.first(p) + cw * 64)))) {
+        // Only the other warpgroup's keys are seen: what is left to do here is a half of its dQ.
+        constexpr u32 kNone[M / 4] = {};
+        product.put(kNone, s);
+        fence_async();
+        mb_wait(x.q_full + 8 * s, ph), mb_wait(x.o_full + 8 * s, ph);
+        bar_sync(kBarDs, kDsReaders);
+        float dq[D * M / 256];
+        product.template queries<64>(dq, s, 1 - cw);
+        if (left == 1 && elect) mb_arrive(x.v_empty);
+        if (elect) mb_arrive(x.o_empty + 8 * s), mb_arrive(x.q_empty + 8 * s);
+        wg_wait<0>();
+        pin(dq);
+        stage(dq, it);
+        continue;
+      }
       float st[M / 2], dp[M / 2];
       u32 pp[M / 4], ds[M / 4];
       float of_key[2] = {0.f, 0.f};  // a bias of keys alone
@@ -628,13 +658,7 @@ struct Backward {
       if (elect) mb_arrive(x.o_empty + 8 * s);
       wg_wait<1>();
       pin(dq);
-      if (it > 0) bar_sync(kBarDqFree + cw, 160);
-#pragma unroll
-      for (int i = 0; i < D * M / 256; i += 4)
-        store_shared4(x.dq + cw * (M * D * 2) + (i * 128 + tid * 4) * 4, dq[i], dq[i + 1],
-                      dq[i + 2], dq[i + 3]);
-      fence_async();
-      bar_arrive(kBarDqFull + cw, 160);
+      stage(dq, it);
       wg_wait<0>();
       pin(dk);
       if (elect) mb_arrive(x.q_empty + 8 * s);

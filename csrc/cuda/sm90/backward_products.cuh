@@ -44,14 +44,16 @@ struct BackwardProducts {
   DI void add_keys(float (&dk)[D / 2], const u32 (&ds)[M / 4], u32 s) const {
     add_by_keys(dk, ds, t_q, s);
   }
-  // dQ = dS K, of which a warpgroup has some rows or columns
-  DI void queries(float (&dq)[D * M / 256], u32 s) const {
+  // dQ = dS K, of which a warpgroup has some rows or columns; of kKeys keys, from 64 * half on
+  template <int kKeys = N>
+  DI void queries(float (&dq)[D * M / 256], u32 s, int half = 0) const {
     pin(dq);
     wg_fence();
+    const u32 ds = a_ds + half * (M * 128 >> 4), keys = t_k + half * (64 * 128 >> 4);
 #pragma unroll
-    for (int k = 0; k < N / 16; k++) {
-      const u64 da = desc(a_ds + ((s * K::kDsBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4));
-      const u64 db = desc(t_k + ((k * 2048) >> 4));
+    for (int k = 0; k < kKeys / 16; k++) {
+      const u64 da = desc(ds + ((s * K::kDsBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4));
+      const u64 db = desc(keys + ((k * 2048) >> 4));
       if constexpr (K::kTransposed)
         Wgmma<M, F16>::template ss<1, 0>(dq, db, da, k > 0);  // dQ' = K' dS'
       else
@@ -82,6 +84,13 @@ struct BackwardProducts {
       if (kv >= k_len) least = 1 << 30;
       mask_row(st, hh, least, most);
     }
+  }
+
+  // Whether the queries of tile m see none of the 64 keys from `first` on.
+  static DI bool none_seen(const Problem& p, const Tile& tile, int m, int first) {
+    const int at = m * M + tile.diagonal(p);  // the key that the first query sits on
+    return (p.right >= 0 && at + M - 1 + p.right < first) ||
+           (p.left >= 0 && at - p.left >= first + 64);
   }
 
   // P = exp2(S * scale * log2(e) - lse2), of which kRead pairs of lse2 have been read
