@@ -51,7 +51,7 @@ struct Backward {
   static constexpr bool kPlain = kMask && M == 80;
   static constexpr bool kCuts = kStays && !kSpan && !kPlain;  // see Cut
   // A warpgroup whose keys no query of a tile sees, as on the diagonal, leaves that step out.
-  static constexpr bool kSkips = kMask && !kScore && M < 128;
+  static constexpr bool kSkips = kMask && !kScore && M == 64;
   static constexpr int kSaidTogether = 4;                     // visits, see add_tile
   static_assert(N == 128 && (D == 64 || D == 128) && kSmem <= 232448 &&
                 (M == 64 || (M == 128 && D == 64) || (M == 80 && D == 128)));
