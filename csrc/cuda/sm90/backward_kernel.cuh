@@ -42,7 +42,7 @@ struct Backward {
   static constexpr bool kByRows = M == 128, kTransposed = M % 64 != 0;
   static constexpr int kKStages = kStays && !kTransposed ? 2 : 1;
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kDsBytes = M * N * 2,
-                       kDqBytes = M * D * 4;
+                       kDqBytes = M * D * 4, kDqFloats = M * D / 256;  // of a thread
   static constexpr int kSmem = (kKStages + 1) * kKBytes + kTileStages * kTileBytes +
                                2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
                                2 * kStages * M * 4 + 384 + 1024;
@@ -52,7 +52,7 @@ struct Backward {
   static constexpr bool kCuts = kStays && !kSpan && !kPlain;  // see Cut
   // A warpgroup whose keys no query of a tile sees, as on the diagonal, leaves that step out.
   static constexpr bool kSkips = kMask && !kScore && M == 64;
-  static constexpr int kSaidTogether = 4;                     // visits, see add_tile
+  static constexpr int kSaidTogether = 4;  // visits, see add_tile
   static_assert(N == 128 && (D == 64 || D == 128) && kSmem <= 232448 &&
                 (M == 64 || (M == 128 && D == 64) || (M == 80 && D == 128)));
   // dV waits for its store in the buffer of dS, a warpgroup's in its own halves, and dK over K.
@@ -494,10 +494,10 @@ struct Backward {
     const float sl2 = p.scale * kLog2E;
     const u32 steps = tile.steps();
     Walk at(tile);
-    auto stage = [&](const float (&dq)[D * M / 256], u32 it) {  // for the adding warp
+    auto stage = [&](const float (&dq)[kDqFloats], u32 it) {  // for the adding warp
       if (it > 0) bar_sync(kBarDqFree + cw, 160);
 #pragma unroll
-      for (int i = 0; i < D * M / 256; i += 4)
+      for (int i = 0; i < kDqFloats; i += 4)
         store_shared4(x.dq + cw * (M * D * 2) + (i * 128 + tid * 4) * 4, dq[i], dq[i + 1],
                       dq[i + 2], dq[i + 3]);
       fence_async();
@@ -511,16 +511,15 @@ struct Backward {
     for (u32 left = steps; left; left--, it++, at.next(tile)) {
       const int m = at.m, h = at.h;
       const u32 s = it % kStages, ph = it / kStages & 1;
-      if (kSkips && (no_keys ||
-                     (tile.masked(m) &&
-                      Products::none_seen(p, tile, m, tile.first(p) + cw * 64)))) {
+      if (kSkips && (no_keys || (tile.masked(m) &&
+                                 Products::none_seen(p, tile, m, tile.first(p) + cw * 64)))) {
         // Only the other warpgroup's keys are seen: what is left to do here is a half of its dQ.
         constexpr u32 kNone[M / 4] = {};
         product.put(kNone, s);
         fence_async();
         mb_wait(x.q_full + 8 * s, ph), mb_wait(x.o_full + 8 * s, ph);
         bar_sync(kBarDs, kDsReaders);
-        float dq[D * M / 256];
+        float dq[kDqFloats];
         product.template queries<64>(dq, s, 1 - cw);
         if (left == 1 && elect) mb_arrive(x.v_empty);
         if (elect) mb_arrive(x.o_empty + 8 * s), mb_arrive(x.q_empty + 8 * s);
@@ -650,7 +649,7 @@ struct Backward {
       product.template add_values<kLate ? 1 : 0, M / 16>(dv, pp, s);
       fence_async();
       bar_sync(kBarDs, kDsReaders);
-      float dq[D * M / 256];
+      float dq[kDqFloats];
       product.queries(dq, s);
       product.add_keys(dk, ds, s);
       wg_wait<2>();
