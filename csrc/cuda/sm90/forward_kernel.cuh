@@ -235,7 +235,7 @@ struct Forward {
       } else if (t >= a.tiles) {
         break;
       }
-      const Tile<> tile = tile_of<false>(a, x.tickets, slot, t);
+      const Tile<> tile = tile_of(a, x.tickets, slot, t);
       const Blocks n = tile.blocks(a.p);
       const int h = tile.head(a.p), hk = a.by_ratio(h), k0 = tile.k_row(a.p, 0),
                 box = tile.k_box(a.p);
@@ -345,12 +345,11 @@ struct Forward {
     }
   }
 
-  template <bool kOneThread>
-  static DI Tile<kOneThread> tile_of(const ForwardArgs& a, u32 tickets, int slot, int t) {
+  static DI Tile<> tile_of(const ForwardArgs& a, u32 tickets, int slot, int t) {
     if constexpr (kSpan)
-      return Tile<kOneThread>(tickets + kSlot * slot);
+      return Tile<>(tickets + kSlot * slot);
     else
-      return Tile<kOneThread>(a, t);
+      return Tile<>(a, t);
   }
 
   // Draws the tiles of sequences, each once the one before is begun, and puts its Span, with its
@@ -482,7 +481,7 @@ struct Forward {
           round++;
         }
         if (!kSpan && t >= a.tiles) return false;
-        tile = tile_of<false>(a, x.tickets, slot, t);
+        tile = tile_of(a, x.tickets, slot, t);
         t = kOne ? a.tiles : t + gridDim.x;
         blocks = tile.blocks(p);
         if (blocks.begin < blocks.end) break;

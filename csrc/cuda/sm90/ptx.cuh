@@ -15,14 +15,16 @@ struct alignas(64) TMap {  // stands in for CUtensorMap
 DI float infinity() { return __int_as_float(0x7f800000); }
 DI u32 smem_u32(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// A pause of up to 4 us, mostly short, different for each warp and each time: built with
-// FLASHJAX_JITTER, the roles of a kernel meet their barriers in orders that they usually do not.
-// Without a branch, which would break the basic blocks of wgmma.
+// Built with FLASHJAX_JITTER, the roles of a kernel meet their barriers in orders that they usually
+// do not.
 #ifdef FLASHJAX_JITTER
 constexpr bool kJitter = true;
 #else
 constexpr bool kJitter = false;
 #endif
+
+// A pause of up to 4 us, mostly short, different for each warp and each time. Without a branch,
+// which would break the basic blocks of wgmma.
 DI void jitter() {
 #ifdef FLASHJAX_JITTER
   asm volatile(
