@@ -97,6 +97,7 @@ class _Sequence:
             x = x + bias
         if slopes is not None:
             x = x - slopes[:, None, None] * self.distance
+        self.logit = max(self.logit, float(np.max(np.abs(x), initial=0.0, where=np.isfinite(x) & sees)))
         x = np.where(sees, x, real(-np.inf))
         top = np.max(x, axis=-1, initial=-np.inf)
         if sinks is not None:

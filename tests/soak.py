@@ -135,6 +135,14 @@ def poison():
         jnp.full((size // 4,), 0xFFFFFFFF, jnp.uint32).block_until_ready().delete()
 
 
+def luck(want) -> float:
+    """How lucky the plain computation may have been. In a gradient the elements of a row share an error, that of what
+    `out` was rounded to: where few rows, or few numbers, are not zero, its own error says little."""
+    size = np.where(np.isfinite(want), np.abs(want), 0)
+    rows = (size.max(-1, initial=0) > 1e-3 * size.max(initial=0)).sum()
+    return 4.0 if want.size < 64 or rows < 4 else 1.0
+
+
 def check(case: Case, implementation: str | None, repeat: int = 3) -> bool:
     """Whether the implementation takes the case; AssertionError if it is wrong."""
     inputs = case.build()
@@ -163,8 +171,8 @@ def check(case: Case, implementation: str | None, repeat: int = 3) -> bool:
                 continue
             gradient = name.removeprefix("gradient of ")
             want, plain = (x.grads[gradient] if gradient in x.grads else getattr(x, name) for x in (expected, naive))
-            if want.size < 64:  # so few that the luck of the plain computation is no measure
-                plain = want + 4 * (plain - want)
+            known = np.isfinite(want)  # lse may be -inf
+            plain = np.add(want, luck(want) * np.subtract(plain, want, where=known, out=np.zeros(want.shape)))
             given = inputs.arrays["q"].dtype if gradient == "sinks" else value.dtype
             oracle.compare(name, value, want, plain, expected.logit, given)
     return True
