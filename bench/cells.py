@@ -117,6 +117,7 @@ SUITES: dict[str, list[Cell]] = {
     ],
     "h200-forward": _train(_TRAIN, modes=("fwd",)),
     "h200-backward": _train(_TRAIN, modes=("bwd",)),
+    "h200-long": _train([(1, 65536, 16, 128, ())]),
     "h200-masks": _train([(1, 16384, 16, 128, ())], ("causal",))
     + _train([(1, 16384, 16, 128, ())], ("window",), window=1024)
     + [

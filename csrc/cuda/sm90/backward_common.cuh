@@ -76,13 +76,11 @@ struct KeyTile : Rows<kSpan> {
   int start;           // the walk goes from here to the end of `blocks`, and on from its beginning
   int skipped, count;  // of a dense tile, steps that are others'; steps
   bool clean;          // as in BackwardArgs, of this tile
-  Blocks blocks;       // of a Span those that need no mask stay behind it, in shared memory
-  DI bool masked(int m) const {
-    if constexpr (!kSpan) return blocks.masked(m);
-    Blocks x;
-    x.clear_begin = this->load(this->span + sizeof(Span) + 8);
-    x.clear_end = this->load(this->span + sizeof(Span) + 12);
-    return x.masked(m);
+  Blocks blocks;       // of a Span which need no mask only after load_clear()
+  DI bool masked(int m) const { return blocks.masked(m); }
+  DI void load_clear() {
+    blocks.clear_begin = this->load(this->span + sizeof(Span) + 8);
+    blocks.clear_end = this->load(this->span + sizeof(Span) + 12);
   }
   DI u32 steps() const { return kSpan ? heads * (blocks.end - blocks.begin) : count; }
   DI Rows<kSpan, true> rows() const {  // for one thread
@@ -171,9 +169,29 @@ DI KeyTile<false> key_tile(const BackwardArgs& a, int i) {
   return x;
 }
 
-// Of sequences, what lies in shared memory at `span`: a Span, its blocks, where the walk begins,
-// and its turn until the Span is there.
+// What a key tile is lies in shared memory, in a slot, since the divisions that say so take long:
+// of rows of one length this; of sequences a Span, its blocks, where the walk begins, and its turn
+// until the Span is there.
 constexpr int kTurn = 84, kSpanSlot = 96;
+
+// By one thread.
+DI void put_key_tile(const KeyTile<false>& x, u32 slot) {
+  store_int4(slot, make_int4(x.g, x.dense_b, x.dense_first, x.start));
+  store_int4(slot + 16,
+             make_int4(x.blocks.begin, x.blocks.end, x.blocks.clear_begin, x.blocks.clear_end));
+  store_int(slot + 32, x.skipped), store_int(slot + 36, x.count);
+}
+template <class K, bool kOneThread = false>
+DI KeyTile<false> dense_tile_at(const BackwardArgs& a, u32 slot) {
+  auto load = [&](int at) { return Rows<true, kOneThread>::load(slot + at); };
+  KeyTile<false> x;
+  x.g = load(0), x.dense_b = load(4), x.dense_first = load(8), x.start = load(12);
+  x.blocks = {load(16), load(20), load(24), load(28)};
+  x.skipped = load(32), x.count = load(36);
+  x.heads = a.ratio, x.first_head = x.g * x.heads, x.dense_head = x.g;
+  x.clean = K::kMask && !K::kPlain && a.clean;
+  return x;
+}
 
 template <bool kOneThread = false>
 DI KeyTile<true> key_tile_at(const BackwardArgs& a, u32 span) {

@@ -40,12 +40,15 @@ struct Backward {
   static constexpr bool kLean = kProducerRegs == 24 && kStays;
   static constexpr bool kTight = kLean && kSpan;  // of what a key tile is, too
   static constexpr bool kByRows = M == 128, kTransposed = M % 64 != 0;
-  static constexpr int kKStages = kStays && !kTransposed ? 2 : 1;
+  // With one stage of K that of the next key tile is asked for as soon as the last dQ is there, and
+  // dK leaves through the buffer of dQ, not over K. So slots are read for longer than K.
+  static constexpr int kKStages = kStays && !kTransposed ? 2 : 1, kSlots = kKStages == 1 ? 4 : 2;
+  static constexpr bool kEarly = kStays && kKStages == 1;
   static constexpr int kKBytes = N * D * 2, kQBytes = M * D * 2, kDsBytes = M * N * 2,
                        kDqBytes = M * D * 4, kDqFloats = M * D / 256;  // of a thread
   static constexpr int kSmem = (kKStages + 1) * kKBytes + kTileStages * kTileBytes +
                                2 * kStages * kQBytes + 2 * kDsBytes + kDqBytes +
-                               2 * kStages * M * 4 + 384 + 1024;
+                               2 * kStages * M * 4 + 192 + kSlots * kSpanSlot + 1024;
   // Under a mask registers suffice for M = 80 only where nothing is ordered, nor cut; nor cleaned
   // in rows of one length, nor compared by ids in others. Their last tile is full, see `lead`.
   static constexpr bool kPlain = kMask && M == 80;
@@ -64,7 +67,7 @@ struct Backward {
   struct Layout {
     u32 k, v, q, o, ds, dq, lse, delta;  // two stages, one of V and dQ, kKStages of K
     u32 k_full, k_empty, v_full, v_empty, q_full, q_empty, o_raw, o_full, o_empty;
-    u32 item, unit, items, next, span, bias, bias_full;
+    u32 item, unit, items, next, number, span, bias, bias_full;
     DI explicit Layout(u32 base) {
       k = base, v = k + kKStages * kKBytes, q = v + kKBytes, o = q + kStages * kQBytes;
       ds = o + kStages * kQBytes, dq = ds + 2 * kDsBytes, bias = dq + kDqBytes;
@@ -74,8 +77,8 @@ struct Backward {
       q_full = v_empty + 8, q_empty = q_full + 16;
       o_raw = q_empty + 16, o_full = o_raw + 16, o_empty = o_full + 16;
       item = o_empty + 16, unit = item + 8, items = unit + 4, bias_full = unit + 8;
-      next = bias_full + 16;
-      span = k_full + 192;  // spans of two key tiles
+      next = bias_full + 16, number = next + 4;
+      span = k_full + 192;  // slots of key tiles
     }
   };
 
@@ -114,23 +117,24 @@ struct Backward {
       u32 it = 0;
 #pragma unroll 1
       for (u32 k = 0; k == 0 || kStays; k++) {
-        if (kKStages == 1 && k > 0) release_keys(x, k - 1);
-        const int i = item(x, k);
-        if (i < 0) break;
-        compute(mdk, mdv, a, x, tile_of(a, x, i, k), wg - 1, k, it);
+        if (item(x, k) < 0) break;
+        compute(mdk, mdv, a, x, tile_of(a, x, k), wg - 1, k, it);
       }
-      if (it > 0) bar_sync(kBarDqFree + wg - 1, 160);
+      if (!kEarly && it > 0) bar_sync(kBarDqFree + wg - 1, 160);
       if ((threadIdx.x & 127) == 0) bulk_wait<0>();
       if (kStays && !a.yields) finish(a, x);
     }
   }
 
-  // The k-th key tile of this CTA, which is number i.
-  static DI Tile tile_of(const BackwardArgs& a, const Layout& x, int i, u32 k) {
+  static DI u32 slot(const Layout& x, u32 k) { return x.span + k % kSlots * kSpanSlot; }
+
+  // The k-th key tile of this CTA.
+  template <bool kOneThread = false>
+  static DI Tile tile_of(const BackwardArgs& a, const Layout& x, u32 k) {
     if constexpr (kSpan)
-      return key_tile_at(a, x.span + (k & 1) * kSpanSlot);
+      return key_tile_at<kOneThread>(a, slot(x, k));
     else
-      return key_tile<Backward>(a, i);
+      return dense_tile_at<Backward, kOneThread>(a, slot(x, k));
   }
 
   // The tile of a step: where registers are short they hold only where it is.
@@ -145,15 +149,9 @@ struct Backward {
   // Its number, once its K is there; -1 at the end.
   static DI int item(const Layout& x, u32 k) {
     mb_wait(x.k_full + 8 * (k % kKStages), k / kKStages & 1);
-    return __shfl_sync(~0u, load_int(x.item + 4 * (k % kKStages)), 0);
+    return number(x, k);
   }
-
-  // By a warpgroup, whose stores of that key tile have read what is about to be overwritten.
-  static DI void release_keys(const Layout& x, u32 k) {
-    if ((threadIdx.x & 127) != 0) return;
-    bulk_wait_read<0>();
-    mb_arrive(x.k_empty + 8 * (k % kKStages));
-  }
+  static DI int number(const Layout& x, u32 k) { return agreed(load_int(x.item + 4 * (k & 1))); }
 
   static DI void load(const TMap& mq, const TMap& mk, const TMap& mv, const TMap& mdo,
                       const BackwardArgs& a, const Layout& x) {
@@ -173,8 +171,8 @@ struct Backward {
       const u32 full = x.k_full + 8 * (k % kKStages);
       mb_wait(x.k_empty + 8 * (k % kKStages), ~(k / kKStages) & 1);
       const bool end = i >= items() || (k > 0 && (a.yields || !kStays));
-      store_int(x.item + 4 * (k % kKStages), end ? -1 : i);
-      if (kLean) store_int(x.item + 4, k);  // there is one stage of K: a place that is free
+      store_int(x.item + 4 * (k & 1), end ? -1 : i);
+      if (kLean) store_int(x.number, k);
       if (end) {
         mb_arrive(full);
         return;
@@ -182,14 +180,14 @@ struct Backward {
       Tile tile;
       if (kSpan && k == 0) ask_key_tile(a, i, x.span);
       if constexpr (kSpan)
-        tile = put_key_tile<Backward>(a, x.span + (k & 1) * kSpanSlot);
+        tile = put_key_tile<Backward>(a, slot(x, k));
       else
-        tile = key_tile<Backward>(a, i);
+        put_key_tile(tile = key_tile<Backward>(a, i), slot(x, k));
       // What follows does not hold the key tile where registers are short, nor its number.
-      auto number = [&] { return kLean ? (u32)load_int(x.item + 4) : k; };
+      auto count = [&] { return kLean ? (u32)load_int(x.number) : k; };
       auto here = [&] {
         if constexpr (kTight)
-          return key_tile_at<true>(a, x.span + (number() & 1) * kSpanSlot);
+          return key_tile_at<true>(a, slot(x, count()));
         else
           return now<true>(a, tile);
       };
@@ -204,7 +202,7 @@ struct Backward {
       for (bool first = true; first || left; first = false) {
         // Asked for two steps before it is needed: the memory takes one to answer.
         if (kStays && !a.yields && (first ? left <= 2 : left == 2)) {
-          if (kLean) i = load_int(x.item);
+          if (kLean) i = load_int(x.item + 4 * (count() & 1));
           const int of_range = i - a.cut.whole;
           if (kCuts && of_range >= 0 && of_range % 2 == 0 && Piece(a.cut, i + 1).some())
             next = i + 1;
@@ -215,21 +213,20 @@ struct Backward {
         if (kTight) next = load_int(x.next);
         if (kSpan && kStays && !a.yields && (first ? left <= 1 : left == 1) && next < items()) {
           if (kKStages == 2) mb_wait(x.k_empty + 8 * ((k + 1) & 1), ~((k + 1) / 2) & 1);
-          ask_key_tile(a, next, x.span + ((number() + 1) & 1) * kSpanSlot);
+          ask_key_tile(a, next, slot(x, count() + 1));
         }
         if (left) {
           Producer::load_queries(mq, mdo, a, x, here(), at, it);
           left--, it++, at.next(here());
         }
         if (first) {
-          mb_wait(x.v_empty, ~number() & 1);
+          mb_wait(x.v_empty, ~count() & 1);
           mb_expect(x.v_full, Producer::bytes(N, a.p.e));
-          Producer::load_keys(mv, a.p, x.v,
-                              kLean && !kSpan ? tile_of(a, x, load_int(x.item), k) : here(),
+          Producer::load_keys(mv, a.p, x.v, kLean && !kSpan ? tile_of<true>(a, x, count()) : here(),
                               x.v_full, a.p.e);
         }
       }
-      k = number();
+      k = count();
       i = kTight ? load_int(x.next) : next;
     }
   }
@@ -238,9 +235,8 @@ struct Backward {
     u32 it = 0, raw = 0;
 #pragma unroll 1
     for (u32 k = 0; k == 0 || kStays; k++) {
-      const int i = item(x, k);
-      if (i < 0) return;
-      const Tile tile = tile_of(a, x, i, k);
+      if (item(x, k) < 0) return;
+      const Tile tile = tile_of(a, x, k);
       if ((threadIdx.x & 31) == 0) mb_arrive(x.k_empty + 8 * (k % kKStages));
       Producer::clean_queries(x, tile, it, raw);
     }
@@ -263,9 +259,8 @@ struct Backward {
     u32 it = 0;
 #pragma unroll 1
     for (u32 k = 0; k == 0 || kStays; k++) {
-      const int i = item(x, k);
-      if (i < 0) break;
-      const Tile tile = tile_of(a, x, i, k);
+      if (item(x, k) < 0) break;
+      const Tile tile = tile_of(a, x, k);
       Walk at(tile), ahead(tile);
       u32 left = tile.steps(), missing = left;
       auto load = [&](u32 it) {
@@ -311,9 +306,8 @@ struct Backward {
     const bool elect = (threadIdx.x & 31) == 0;
 #pragma unroll 1
     for (u32 k = 0; k == 0 || kStays; k++) {
-      const int i = item(x, k);
-      if (i < 0) break;
-      add_tile(a, x, tile_of(a, x, i, k), k);
+      if (item(x, k) < 0) break;
+      add_tile(a, x, tile_of<!kSpan>(a, x, k), k);
     }
     if (elect) bulk_wait<0>();
   }
@@ -328,11 +322,9 @@ struct Backward {
     auto begin = [&](const Walk& at) {
       return elect ? atomicOr(&a.visits[entry(at)].state, Visits::kBegun) : 0;
     };
-    // Visits that are not known to be done, or not yet said to be, from entry `oldest` on; whether
-    // the last of them stored, for which others wait. Several are said at a time: a release takes a
-    // third of a step, in which nothing else is added.
+    // Visits that are not known to be done, or not yet said to be, from entry `oldest` on. Several
+    // are said at a time: a release takes a third of a step.
     int oldest = 0, pending = 0;
-    bool stored = false;
     auto publish = [&] {
       fence_async_global();
       fence_gpu();
@@ -343,6 +335,11 @@ struct Backward {
     Walk at(tile);
     at.h += tile.b(a.p) * a.p.h;  // of all heads
     u32 left = tile.steps();
+    auto leave = [&] {  // what the tile is, and its number, is not read any more
+      if (kLean) k = agreed(load_int(x.number));
+      if (elect) mb_arrive(x.k_empty + 8 * (k % kKStages));
+    };
+    if (left == 0) leave();
     u32 state = left ? begin(at) : 0;  // before this visit; asked for a step ahead
 #pragma unroll 1
     while (left) {
@@ -372,23 +369,29 @@ struct Backward {
         }
       }
       if (elect) {
-        const bool follows = here == oldest + pending * kStep;
-        if (pending && (pending == kSaidTogether || stored || !follows)) bulk_wait<2>(), publish();
         if (pending == 0) oldest = here;
-        pending++, stored = first;
+        pending++;
       }
-      at.next(now(a, tile));
-      if (--left) state = begin(at);
+      if (--left) {
+        if constexpr (kLean && !kSpan)  // held nowhere else
+          at.next(tile_of<true>(a, x, load_int(x.number)));
+        else
+          at.next(now(a, tile));
+        state = begin(at);
+      } else {
+        leave();
+      }
       if (elect) bulk_wait_read<1>();
       __syncwarp();
       bar_arrive(kBarDqFree, 160);
       if (elect) bulk_wait_read<0>();
       __syncwarp();
       bar_arrive(kBarDqFree + 1, 160);
+      // Others wait for what was stored. Now, since there is nothing to add yet.
+      if (elect &&
+          (first || pending == kSaidTogether || left == 0 || entry(at) != oldest + pending * kStep))
+        bulk_wait<0>(), publish();
     }
-    if (kTight) k = agreed(load_int(x.item + 4));
-    if (elect) mb_arrive(x.k_empty + 8 * (k % kKStages));
-    if (pending) bulk_wait<0>(), publish();
   }
 
   // dq = scale * dQ in 16 bits, out of register order, a quarter of a tile at a time, once all key
@@ -473,8 +476,9 @@ struct Backward {
   }
 
   static DI void compute(const TMap& mdk, const TMap& mdv, const BackwardArgs& a, const Layout& x,
-                         const Tile& tile, int cw, u32 k, u32& it) {
+                         Tile tile, int cw, u32 k, u32& it) {
     const Problem& p = a.p;
+    if constexpr (kSpan) tile.load_clear();
     const int tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
     const bool elect = tid == 0;
     float dk[D / 2], dv[D / 2];
@@ -494,8 +498,8 @@ struct Backward {
     const float sl2 = p.scale * kLog2E;
     const u32 steps = tile.steps();
     Walk at(tile);
-    auto stage = [&](const float (&dq)[kDqFloats], u32 it) {  // for the adding warp
-      if (it > 0) bar_sync(kBarDqFree + cw, 160);
+    auto stage = [&](const float (&dq)[kDqFloats], bool wait) {  // for the adding warp
+      if (wait) bar_sync(kBarDqFree + cw, 160);
 #pragma unroll
       for (int i = 0; i < kDqFloats; i += 4)
         store_shared4(x.dq + cw * (M * D * 2) + (i * 128 + tid * 4) * 4, dq[i], dq[i + 1],
@@ -504,7 +508,10 @@ struct Backward {
       bar_arrive(kBarDqFull + cw, 160);
     };
     // The stores of the last key tile have read what is about to be overwritten.
-    if (kKStages > 1 && k > 0) release_keys(x, k - 1);
+    if (elect && k > 0) {
+      bulk_wait_read<0>();
+      if (!kEarly) mb_arrive(x.k_empty + 8 * ((k - 1) % kKStages));
+    }
     bar_sync(kBarStore + cw, 128);
     mb_wait(x.v_full, k & 1);
 #pragma unroll 1
@@ -525,7 +532,7 @@ struct Backward {
         if (elect) mb_arrive(x.o_empty + 8 * s), mb_arrive(x.q_empty + 8 * s);
         wg_wait<0>();
         pin(dq);
-        stage(dq, it);
+        stage(dq, it > 0);
         continue;
       }
       float st[M / 2], dp[M / 2];
@@ -657,19 +664,28 @@ struct Backward {
       if (elect) mb_arrive(x.o_empty + 8 * s);
       wg_wait<1>();
       pin(dq);
-      stage(dq, it);
+      if (kEarly && left == 1 && elect) mb_arrive(x.k_empty);
+      stage(dq, kEarly ? left < steps : it > 0);
       wg_wait<0>();
       pin(dk);
       if (elect) mb_arrive(x.q_empty + 8 * s);
     }
+    auto wait_for_dq = [&] {  // its buffer takes dK
+      if (kEarly && steps) bar_sync(kBarDqFree + cw, 160);
+    };
     if constexpr (kCuts) {
-      if (!gather(a, item(x, k), cw, tid, dk, dv)) return;
+      if (!gather(a, number(x, k), cw, tid, dk, dv)) return wait_for_dq();
     }
     bar_sync(kBarEnd, kDsReaders);
-    if (steps == 0 && elect) mb_arrive(x.v_empty);
+    if (steps == 0 && elect) {
+      mb_arrive(x.v_empty);
+      if (kEarly) mb_arrive(x.k_empty);
+    }
     int row = warp * 16 + (lane & 15);
     asm volatile("" : "+r"(row));  // or what follows from it is kept through all tiles
-    Products::store(mdk, mdv, dk, dv, p, x, tile, keys, cw, row, elect);
+    Products::store(mdk, mdv, dk, dv, p, x, tile,
+                    kEarly ? x.dq + cw * (M * D * 2) : keys + cw * 8192, kEarly ? 8192 : N * 128,
+                    cw, row, elect, wait_for_dq);
   }
 };
 

@@ -277,8 +277,9 @@ struct LoneBackward {
   }
 
   static DI void compute(const TMap& mdk, const TMap& mdv, const LoneArgs& a, const Layout& x,
-                         const Tile& tile, int cw, u32 k, u32& it) {
+                         Tile tile, int cw, u32 k, u32& it) {
     const Problem& p = a.p;
+    tile.load_clear();
     const int tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
     const bool elect = tid == 0;
     float dk[D / 2], dv[D / 2];
@@ -353,7 +354,8 @@ struct LoneBackward {
     }
     bar_sync(kBarEnd, 256);
     if (steps == 0 && elect) mb_arrive(x.v_empty);
-    Products::store(mdk, mdv, dk, dv, p, x, tile, keys, cw, warp * 16 + (lane & 15), elect);
+    Products::store(mdk, mdv, dk, dv, p, x, tile, keys + cw * 8192, N * 128, cw,
+                    warp * 16 + (lane & 15), elect, [] {});
   }
 };
 

@@ -112,19 +112,23 @@ struct BackwardProducts {
     }
   }
 
-  // To memory, once nobody reads those buffers any more: dV through the buffers of dS, and dK over
-  // K. This lane puts `row`. By a warpgroup, of which one thread is `elect`.
+  // To memory, once nobody reads those buffers any more: dV through the buffers of dS, and dK
+  // through `to_dk`, whose chunks are `k_chunk` bytes apart, once `wait` says so. This lane puts
+  // `row`. By a warpgroup, of which one thread is `elect`.
+  template <class Wait>
   static DI void store(const TMap& mdk, const TMap& mdv, const float (&dk)[D / 2],
                        const float (&dv)[D / 2], const Problem& p, const Layout& x,
-                       const Tile& tile, u32 keys, int cw, int row, bool elect) {
-    const u32 to_dv = x.ds + cw * M * 128, to_dk = keys + cw * 8192;
+                       const Tile& tile, u32 to_dk, int k_chunk, int cw, int row, bool elect,
+                       Wait wait) {
+    const u32 to_dv = x.ds + cw * M * 128;
     put_rows<F16>(dv, to_dv, K::kDsBytes, row, 1.f);
-    put_rows<F16>(dk, to_dk, N * 128, row, p.scale, K::kSpan ? p.d : D);
+    wait();
+    put_rows<F16>(dk, to_dk, k_chunk, row, p.scale, K::kSpan ? p.d : D);
     fence_async();
     const int to = tile.k_row(p, tile.first(p) + cw * 64), g = tile.head(p), box = tile.k_box(p);
     bar_sync(K::kBarStore + cw, 128);  // from here on nobody reads the tile's Span
     if (elect) {
-      store_keys<K, kChunks>(mdk, mdv, p, to_dk, N * 128, to_dv, K::kDsBytes, 0, to, g, box);
+      store_keys<K, kChunks>(mdk, mdv, p, to_dk, k_chunk, to_dv, K::kDsBytes, 0, to, g, box);
       bulk_commit();
     }
   }

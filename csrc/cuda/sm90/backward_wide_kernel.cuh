@@ -163,7 +163,7 @@ struct WideBackward {
   }
 
   static DI void compute(const TMap& mdk, const TMap& mdv, const BackwardArgs& a, const Layout& x,
-                         const Tile& tile, int cw) {
+                         Tile tile, int cw) {
     const Problem& p = a.p;
     const Blocks& blocks = tile.blocks;
     const int tid = threadIdx.x & 127, lane = tid & 31, warp = tid >> 5;
@@ -284,6 +284,7 @@ struct WideBackward {
         const int row0 = m * M + local;
         const u32 lse_at = x.lse + local * 4;
         const float lse[2] = {load_shared(lse_at), load_shared(lse_at + 32)};
+        if constexpr (kSpan) tile.load_clear();  // not held meanwhile: registers are short
         if (tail || (kMask && tile.masked(m))) {
           const int diagonal = tile.diagonal(p), k_len = tile.k_len(p), begin = tile.begin(p),
                     end = tile.end(p);

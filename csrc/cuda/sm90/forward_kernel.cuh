@@ -14,10 +14,11 @@ struct ForwardArgs {
   int mblocks, tiles, group;  // query blocks of a head; tiles in all; heads of an L2 section
   int sections, rest;         // whole sections; heads of the one after them
   Divider by_section, by_group, by_rest, by_h;
-  Divider by_ratio;   // query heads of a key head
-  float scale;        // p.scale * log2(e)
-  int* ticket;        // zeroed; null: tiles go round
-  const Span* spans;  // of sequences: the tiles, in order, and how many there are
+  Divider by_ratio;     // query heads of a key head
+  float scale;          // p.scale * log2(e)
+  float far, farthest;  // see update_ref
+  int* ticket;          // zeroed; null: tiles go round
+  const Span* spans;    // of sequences: the tiles, in order, and how many there are
   const int* count;
   Pages pages;
 };
@@ -66,13 +67,12 @@ struct Forward {
                         kMask = kOptions & kMasks, kSpan = kOptions & kSpans,
                         kScore = kOptions & kScores, kPage = kOptions & kPages;
   static constexpr int kChunks = N / 8;  // of 8 columns of S
-  // Powers of two: how far a score must be above the reference to move it, at least, where it is
-  // more than 2^kShare of what this thread has of the row's sum, and at most; how far below 1 a
-  // reference may be that is raised by as much, for one above makes maxima cheap (and by a power of
-  // two, so that P of a key with all of the weight is not rounded, and out is that key's value:
-  // the backward takes any difference for a gradient); the reference of a row without a key.
-  static constexpr float kFar = 1.f, kShare = -1.f, kFarthest = 8.f;
-  static constexpr float kNear = 2.f, kNothing = -1e38f;
+  // Powers of two: what part of the sum that this thread has of a row is much, see update_ref; how
+  // far below 1 a reference may be that is raised by as much, for one above makes maxima cheap (and
+  // by a power of two, so that P of a key with all of the weight is not rounded, and out is that
+  // key's value: the backward takes any difference for a gradient); the reference of a row without
+  // a key.
+  static constexpr float kShare = -1.f, kNear = 2.f, kNothing = -1e38f;
   static constexpr int kLag = 2;  // chunks between an exponential and its addition to the row sum
   static constexpr int kRest = (kSepO ? kOBytes : 0) + kStages * (kKBytes + kVBytes) + 384 + 1024;
   // The next tile's first product is issued under the end of this one. Before it a warpgroup may
@@ -646,9 +646,9 @@ struct Forward {
         }
       };
       // Exponents are relative to a reference: the maximum of a row's first block, until a score is
-      // 2^kFar above it; then the maximum so far. So most blocks need neither the maximum of a
-      // whole row nor a rescaled O. `moved`: a reference of this warp was, and O is still to
-      // shrink.
+      // 2^far above it and much of the sum so far, or 2^farthest; then the maximum so far. So most
+      // blocks need neither the maximum of a whole row nor a rescaled O. `moved`: a reference of
+      // this warp was, and O is still to shrink.
       bool moved = false;
       float shrink[2];
       auto update_ref = [&](bool first) {
@@ -661,7 +661,7 @@ struct Forward {
           top[0] = row_max(s, 0, false), top[1] = row_max(s, 1, false);
         const float share = log2_of(fminf(sum[0], sum[1])) + kShare;
         const float above = fmaxf(top[0] * c - ref[0], top[1] * c - ref[1]);
-        moved = !first && __any_sync(~0u, above > fmaxf(kFar, fminf(share, kFarthest)));
+        moved = !first && __any_sync(~0u, above > fmaxf(a.far, fminf(share, a.farthest)));
         if (!first && !moved) return;
 #pragma unroll
         for (int i = 1; i < 3; i++)
