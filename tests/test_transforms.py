@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import pathlib
 import re
 import types
 
@@ -19,6 +20,7 @@ from flashjax._types import Attrs
 
 DISABLED = [jax.export.DisabledSafetyCheck.custom_call(name) for name in ("flashjax_fwd", "flashjax_bwd")]
 ATTRS = Attrs(scale=0.4, window_right=0, softcap=3.0)
+TABLE = pathlib.Path(__file__).parents[1] / "csrc/attention/kernels.def"
 INTEGER = ("segment", "cu_seqlens", "seqused", "leftpad", "shift", "batch_idx", "page_table")
 
 
@@ -474,6 +476,30 @@ def test_export_of_any_batch_and_length(random, dtype, asked, monkeypatch):
     built = [x for x in ("cpu", "cuda") if _ffi._support.extension(x)]
     exported = jax.export.export(jax.jit(function), platforms=built, disabled_checks=DISABLED)(types)
     close(exported.call(arrays), function(arrays), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("columns", "widest", "left_out", "width"),
+    [
+        (("bfloat16", "backward"), 64, (), 64),
+        (("bfloat16", "backward"), 64, ("sm90_bwd_bf16_64", "sm90_bwd_bf16_64_seq"), 256),
+        (("bfloat16", "backward"), 64, ("_64", "_256", "_192"), 128),
+        (("bfloat16", "backward"), 160, ("_64",), 256),
+        (("float16", "kDecode"), 40, ("sm90_decode_f16_64",), 256),
+        (("float16", "kDecode"), 40, ("sm90_decode_bf16_64",), 64),
+        (("float16", "kDecode"), 128, ("sm90_",), 128),
+    ],
+)
+def test_workspace_of_a_build_without_some_rows(columns, widest, left_out, width, monkeypatch):
+    """A wider row may serve there, and needs more."""
+    table = re.findall(r"^KERNEL\(([^)]*)\)", TABLE.read_text(), re.MULTILINE)
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    rows = []
+    for id, direction, family, _, _, dtype, d, e, *_, variant, _ in (row.split(", ") for row in table):
+        row = {"id": id, "direction": direction.lower(), "family": family, "dtype": names[dtype], "variant": variant}
+        rows.append(row | {"d": int(d), "e": int(e), "built": not any(x in id for x in left_out)})
+    monkeypatch.setattr(_ffi._support, "extension", lambda platform: types.SimpleNamespace(kernels=rows))
+    assert _ffi._own_width.__wrapped__(widest, *columns) == width
 
 
 @pytest.mark.parametrize("target", ["flashjax_fwd", "flashjax_bwd"])

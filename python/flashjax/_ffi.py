@@ -98,6 +98,23 @@ def workspace_bytes(target: str, arrays: Arrays, attrs: Attrs) -> int:
     return max_dim(_own_bytes(target, arrays, attrs), _upstream_bytes(target, arrays, attrs))
 
 
+def _rows(family: str, *columns: str) -> list[dict]:
+    """Those of the kernel table that have these columns."""
+    module = _support.extension("cuda")
+    asked = {family, *columns}
+    return [row for row in module.kernels if asked <= {*row.values()}] if module else []
+
+
+@functools.cache
+def _own_width(widest: int, *columns: str) -> int:
+    """Columns of our rows that serve heads so wide. Where a build has left some of those out, a wider one may."""
+    width = next(x for x in (64, 128, 256) if widest <= x)
+    rows = [(256 if row["d"] > 128 else row["d"], row["built"]) for row in _rows("sm90", *columns)]
+    if all(built for own, built in rows if own == width):
+        return width
+    return max((own for own, built in rows if built and own >= width), default=width)
+
+
 def _own_bytes(target, arrays, attrs):
     """For our own kernels."""
     (b, s, h, d), (_, t, g, e) = arrays["q"].shape, arrays["v"].shape
@@ -114,7 +131,7 @@ def _own_bytes(target, arrays, attrs):
 
     if target == "flashjax_fwd":
         return max_dim(plan(s, 128), _partial_results_bytes(arrays, attrs))
-    width = next(x for x in (64, 128, 256) if widest <= x)
+    width = _own_width(widest, str(arrays["q"].dtype), "backward")
     rows = -(-s // 128) * 128 + (128 * n if packed else 64)  # each sequence begins a tile, of any size
     statistics = 4 * b * h * rows * (width + 2)  # dq in float32, and two numbers of each query
     counters = (8 * h + 4) * b * (rows // 64) + 16  # of each 64 queries
@@ -139,7 +156,7 @@ def _partial_results_bytes(arrays: Arrays, attrs: Attrs) -> int:
     heads = min(ratio, block)
     queries = min(most, block // heads)
     blocks = b * g * -(-(-(-ratio // heads) * -(-(s if paged else most) // queries)) // cluster)
-    width = 512 if shared else next(x for x in (64, 128, 256) if max(d, e) <= x)
+    width = 512 if shared else _own_width(max(d, e), str(arrays["q"].dtype), "kDecode")
     slot = 4 * cluster * heads * queries * (width + 1)
     tiles = max_dim(-(-t // 64), 1)
     if attrs.num_splits > 0:
@@ -151,9 +168,8 @@ def _partial_results_bytes(arrays: Arrays, attrs: Attrs) -> int:
 @functools.cache
 def _upstream_width(d: int, *columns: str) -> int:
     """The head dim of FlashAttention-2's row that serves d, of those in this build with these columns; 0: none."""
-    module = _support.extension("cuda")
-    rows = [row for row in module.kernels if row["family"] == "upstream" and row["built"]] if module else []
-    return min((row["d"] for row in rows if row["d"] >= d and {*columns} <= {*row.values()}), default=0)
+    rows = [row for row in _rows("upstream", *columns) if row["built"] and row["d"] >= d]
+    return min((row["d"] for row in rows), default=0)
 
 
 def _upstream_bytes(target, arrays, attrs):
