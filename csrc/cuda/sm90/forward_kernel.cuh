@@ -49,10 +49,14 @@ constexpr int forward_options(int d, int e, int m, int n, bool masks, bool spans
   return x;
 }
 
-// A number of keys, as an argument.
-template <int N>
-struct Width {
-  static constexpr int value = N;
+// A number as an argument, and the keys [kFrom, kTo) of a block.
+template <int kNumber>
+struct Number {
+  static constexpr int value = kNumber;
+};
+template <int kFrom, int kTo>
+struct Part {
+  static constexpr int from = kFrom, to = kTo;
 };
 
 template <bool F16, int D, int E, int M, int N, int kOptions>
@@ -75,17 +79,24 @@ struct Forward {
   static constexpr float kShare = -1.f, kNear = 2.f, kNothing = -1e38f;
   static constexpr int kLag = 2;  // chunks between an exponential and its addition to the row sum
   static constexpr int kRest = (kSepO ? kOBytes : 0) + kStages * (kKBytes + kVBytes) + 384 + 1024;
-  // The next tile's first product is issued under the end of this one. Before it a warpgroup may
+  // Blocks follow each other from tile to tile as within one. Before a tile's first a warpgroup may
   // hand back one block but not two: the stage of the second's V is still in use.
-  static constexpr bool kAhead =
-      kDyn && !kSpan && kSepO && M - 64 <= N && (kQReg || 2 * kQBytes + kRest <= 227 * 1024);
-  // A warpgroup that sees no more than half of its first block computes no more.
-  static constexpr bool kHalves = kAhead && kQReg;
+  static constexpr bool kAhead = !kOne && kSepO && (!kMask || M - 64 <= N) &&
+                                 (kQReg || (!kPage && 2 * kQBytes + kRest <= 227 * 1024));
+  // A warpgroup that sees no more than half of its first block computes no more, and of P V of its
+  // last.
+  static constexpr bool kHalves = kAhead && kQReg && kMask && !kSpan;
+  // One code for the second block of a tile and those after it, where with more ptxas takes warps
+  // for divided, or runs out of registers.
+  static constexpr bool kMerge = kAhead && !kQReg && kMask;
+  // Each warpgroup begins a tile once the one before has asked for the products of its turn: when
+  // all are at the same point, nothing is multiplied while they turn to the next tile.
+  static constexpr bool kStagger = kAhead && kGroups == 2;
   static constexpr int kHalf = kHalves ? N / 2 : N;
   static constexpr int kQBufs = kAhead && !kQReg ? 2 : 1;
   static constexpr int kSmem = kQBufs * kQBytes + kRest;
-  static constexpr int kSlot = 80;   // a tile's Span and Blocks, or its number
-  static constexpr int kBarOut = 1;  // named barriers, one a warpgroup
+  static constexpr int kSlot = 80;  // a tile's Span, or where it is, and its Blocks
+  static constexpr int kBarOut = 1, kBarTurn = kBarOut + kGroups;  // named, one a warpgroup
   static_assert(!kSpan || (kDyn && kMask));
   static_assert(N <= 128);  // columns_before
   static_assert(!kPage || (kSpan && N <= 512));
@@ -104,6 +115,11 @@ struct Forward {
     }
   };
 
+  static DI Blocks blocks_at(u32 at) {
+    const int4 x = load_int4(at);
+    return {agreed(x.x), agreed(x.y), agreed(x.z), agreed(x.w)};
+  }
+
   template <bool kOneThread = false>
   struct Tile : Rows<kSpan, kOneThread> {
     using Base = Rows<kSpan, kOneThread>;
@@ -121,23 +137,10 @@ struct Forward {
       this->dense_head = bh - this->dense_b * a.p.h;
     }
     DI explicit Tile(u32 at) { span = at; }
-    // As publish() left them, for rows of sequences: those that need no mask stay there.
+    // As publish() left them, for rows of sequences.
     DI Blocks blocks(const Problem& p) const {
-      if constexpr (kSpan) {
-        Blocks x{};
-        x.begin = load(span + sizeof(Span)), x.end = load(span + sizeof(Span) + 4);
-        return x;
-      }
+      if constexpr (kSpan) return blocks_at(span + sizeof(Span));
       return key_blocks<N>(p, p.diagonal, dense_first, min(dense_first + M, p.s), 0, p.t);
-    }
-    DI bool masked(const Blocks& x, int n) const {
-      if constexpr (kSpan) {
-        Blocks y;
-        y.clear_begin = load(span + sizeof(Span) + 8);
-        y.clear_end = load(span + sizeof(Span) + 12);
-        return y.masked(n);
-      }
-      return x.masked(n);
     }
   };
 
@@ -163,7 +166,7 @@ struct Forward {
     }
     if constexpr (kSpan) {
       const int dc = chunks_of(a.p.d), ec = chunks_of(a.p.e);
-      clear_chunks(x.q, M, dc, D / 64);
+      for (int i = 0; i < kQBufs; i++) clear_chunks(x.q + i * kQBytes, M, dc, D / 64);
       for (int i = 0; i < kStages; i++) {
         clear_chunks(x.k + i * kKBytes, N, dc, D / 64);
         clear_chunks(x.v + i * kVBytes, N, ec, E / 64);
@@ -214,55 +217,77 @@ struct Forward {
   static DI void produce(const TMap& mq, const TMap& mk, const TMap& mv, const ForwardArgs& a,
                          const Layout& x) {
     const int lane = threadIdx.x & 31;
-    int it = 0, w = 0, round = 0;
-    int t = blockIdx.x;
+    int it = 0, w = 0, round = 0, t = blockIdx.x;
+    Blocks n{};
+    int hk = 0, k0 = 0, box = 0;
+    // The next tile with keys: says which it is, and asks for its Q. False: there is none.
+    auto begin = [&]() {
+      int h, q0, q_box;
 #pragma unroll 1
-    while (true) {
-      int next = t + gridDim.x;
-      const int slot = round & 1;
-      if constexpr (kSpan) {
-        mb_wait(x.t_full + 8 * slot, (round++ >> 1) & 1);
-        if (Tile<>(x.tickets + kSlot * slot).head(a.p) < 0) break;
-      } else if constexpr (kDyn) {  // publish this tile, draw the next ticket early
-        mb_wait(x.t_empty + 8 * slot, ((round >> 1) & 1) ^ 1);
-        if (lane == 0) {
-          store_int(x.tickets + kSlot * slot, t);
-          mb_arrive(x.t_full + 8 * slot);
+      while (true) {
+        const int slot = round & 1;
+        if constexpr (kSpan) {
+          mb_wait(x.t_full + 8 * slot, (round >> 1) & 1);
+          if (Tile<>(x.tickets + kSlot * slot).head(a.p) < 0) return false;
+        } else if constexpr (kDyn) {
+          t = agreed(t);
+        }
+        const Tile<> tile = tile_of(a, x.tickets, slot, t);
+        if constexpr (kDyn && !kSpan) {
+          const Blocks y = tile.blocks(a.p);
+          mb_wait(x.t_empty + 8 * slot, ((round >> 1) & 1) ^ 1);
+          if (lane == 0) {
+            const int to = x.tickets + kSlot * slot, head = t < a.tiles ? tile.dense_head : -1;
+            store_int4(to, make_int4(tile.dense_first, tile.dense_b, head, 0));
+            store_int4(to + 16, make_int4(y.begin, y.end, y.clear_begin, y.clear_end));
+            mb_arrive(x.t_full + 8 * slot);
+          }
+          __syncwarp();
         }
         round++;
-        if (t >= a.tiles) break;
-        if (a.ticket && lane == 0) next = gridDim.x + atomicAdd(a.ticket, 1);
-      } else if (t >= a.tiles) {
-        break;
+        if (!kSpan && t >= a.tiles) return false;
+        t = kOne ? a.tiles : t + gridDim.x;
+        if (kDyn && !kSpan && a.ticket && lane == 0) t = gridDim.x + atomicAdd(a.ticket, 1);
+        h = tile.head(a.p), q0 = tile.q_row(a.p, tile.first(a.p)), q_box = tile.q_box(a.p);
+        n = tile.blocks(a.p), hk = a.by_ratio(h), k0 = tile.k_row(a.p, 0), box = tile.k_box(a.p);
+        if (kSpan) mb_arrive_warp(x.t_empty + 8 * slot);
+        if (n.begin < n.end) break;
       }
-      const Tile<> tile = tile_of(a, x.tickets, slot, t);
-      const Blocks n = tile.blocks(a.p);
-      const int h = tile.head(a.p), hk = a.by_ratio(h), k0 = tile.k_row(a.p, 0),
-                box = tile.k_box(a.p);
-      const int q0 = tile.q_row(a.p, tile.first(a.p)), q_box = tile.q_box(a.p);
-      if (kSpan) mb_arrive_warp(x.t_empty + 8 * slot);
-      if (n.begin < n.end) {
-        load<false>(mk, a.p, x, it, k0 + (n.end - 1) * N, hk, box);
-        const int qb = w % kQBufs;
-        mb_wait(x.q_empty + 8 * qb, ((w / kQBufs) & 1) ^ 1);
-        w++;
-        if (elect_one()) {
-          mb_expect(x.q_full + 8 * qb, kSpan ? M * 128 * chunks_of(a.p.d) : kQBytes);
+      const int qb = w % kQBufs;
+      mb_wait(x.q_empty + 8 * qb, ((w / kQBufs) & 1) ^ 1);
+      w++;
+      if (elect_one()) {
+        mb_expect(x.q_full + 8 * qb, kSpan ? M * 128 * chunks_of(a.p.d) : kQBytes);
 #pragma unroll
-          for (int c = 0; c < D / 64; c++)
-            if (!kSpan || has_chunk(c, a.p.d))
-              tma_load(x.q + qb * kQBytes + c * M * 128, &mq, x.q_full + 8 * qb, c * 64, q0, h,
-                       q_box, kEvictFirst);
-        }
-        __syncwarp();
-#pragma unroll 1
-        for (int j = n.end - 2; j >= n.begin; j--, it++) {
-          load<false>(mk, a.p, x, it + 1, k0 + j * N, hk, box);
-          load<true>(mv, a.p, x, it, k0 + (j + 1) * N, hk, box);
-        }
-        load<true>(mv, a.p, x, it++, k0 + n.begin * N, hk, box);
+        for (int c = 0; c < D / 64; c++)
+          if (!kSpan || has_chunk(c, a.p.d))
+            tma_load(x.q + qb * kQBytes + c * M * 128, &mq, x.q_full + 8 * qb, c * 64, q0, h, q_box,
+                     kEvictFirst);
       }
-      t = kOne ? a.tiles : kDyn ? agreed(next) : next;
+      __syncwarp();
+      return true;
+    };
+    auto k = [&](int it, int j) { load<false>(mk, a.p, x, it, k0 + j * N, hk, box); };
+    // K is a block ahead of V; with kAhead from tile to tile too.
+    bool more = begin();
+    if (more) k(it, n.end - 1);
+#pragma unroll 1
+    while (more) {
+#pragma unroll 1
+      for (int j = n.end - 1; j > n.begin; j--, it++) {
+        k(it + 1, j - 1);
+        load<true>(mv, a.p, x, it, k0 + j * N, hk, box);
+      }
+      const int row = k0 + n.begin * N, head = hk, in = box;
+      if (kAhead) {
+        more = !kOne && begin();
+        if (more) k(it + 1, n.end - 1);
+      }
+      load<true>(mv, a.p, x, it++, row, head, in);
+      if (!kAhead) {
+        more = !kOne && begin();
+        if (more) k(it, n.end - 1);
+      }
     }
   }
 
@@ -412,58 +437,87 @@ struct Forward {
     const u32 dq = desc_lo(x.q + cw * 8192, 16), dk = desc_lo(x.k, 16), dv = desc_lo(x.v, N * 128);
     int st = 0, ph = 0;  // stage and parity of the newest K block
     int t = blockIdx.x, round = 0,
-        slot = 0;       // the tile, how many were drawn, and where its Span is
+        slot = 0;       // the tile, if dealt; how many there were, and where it is said which
     int w = 0, qb = 0;  // tiles with keys so far, and the buffer of Q
     Tile<> tile(0u);
     Blocks blocks{};
-    int n = 0;          // the block
-    bool half = false;  // this warpgroup sees no more than half of its first block
-    int odd = 0;        // of keys in pages: a bit for each 16 of the block that are in no page
+    int n = 0;  // the block
+    // This warpgroup sees no more than the lower half of its first block, the upper half of its
+    // last.
+    bool lower = false, upper = false;
+    int odd = 0;  // of keys in pages: a bit for each 16 of the block that are in no page
 
-    auto issue_qk = [&](int st, auto width) {
-      constexpr int kWidth = decltype(width)::value;
-      float (&first)[kWidth / 2] = reinterpret_cast<float (&)[kWidth / 2]>(s);
+    // With Q in registers a tile's first product takes it from shared memory (`fresh`), and it is
+    // read under that.
+    auto issue_qk = [&](int st, auto part, bool fresh = false) {
+      constexpr int kWidth = decltype(part)::to;
+      float (&x)[kWidth / 2] = reinterpret_cast<float (&)[kWidth / 2]>(s);
       const u32 lo = dk + st * (kKBytes >> 4);
 #pragma unroll
       for (int k = 0; k < D / 16; k++) {
         u64 b = desc(lo + (((k / 4) * N * 128 + (k % 4) * 32) >> 4));
-        if constexpr (kQReg)
-          Wgmma<kWidth, F16>::template rs<0>(first, qf[4 * k], qf[4 * k + 1], qf[4 * k + 2],
+        if (kQReg && !fresh)
+          Wgmma<kWidth, F16>::template rs<0>(x, qf[4 * k], qf[4 * k + 1], qf[4 * k + 2],
                                              qf[4 * k + 3], b, k > 0);
         else
           Wgmma<kWidth, F16>::template ss<0, 0>(
-              first, desc(dq + ((qb * kQBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4)), b, k > 0);
+              x, desc(dq + ((qb * kQBytes + (k / 4) * M * 128 + (k % 4) * 32) >> 4)), b, k > 0);
       }
       wg_commit();
     };
-    auto issue_pv = [&](int st, auto width) {
+    auto issue_pv = [&](int st, auto part, bool add) {
+      constexpr int kFrom = decltype(part)::from / 16, kTo = decltype(part)::to / 16;
       const u32 lo = dv + st * (kVBytes >> 4);
 #pragma unroll
-      for (int k = 0; k < decltype(width)::value / 16; k++)
+      for (int k = kFrom; k < kTo; k++)
         Wgmma<E, F16>::template rs<1>(o, pb[4 * k], pb[4 * k + 1], pb[4 * k + 2], pb[4 * k + 3],
-                                      desc(lo + k * (2048 >> 4)), 1);
+                                      desc(lo + k * (2048 >> 4)), k > kFrom || add);
       wg_commit();
+    };
+    auto read_q = [&]() {
+      const int rr = (lane & 7) + ((lane >> 3) & 1) * 8;
+      const u32 ro = x.q + (cw * 64 + warp * 16 + rr) * 128;
+#pragma unroll
+      for (int k = 0; k < D / 16; k++)
+        ldmatrix4(ro + (k / 4) * M * 128 + (((2 * (k % 4) + (lane >> 4)) ^ (rr & 7)) << 4),
+                  qf[4 * k], qf[4 * k + 1], qf[4 * k + 2], qf[4 * k + 3]);
+    };
+    auto free_q = [&]() {  // read by all warps
+      bar_sync(kBarOut + cw, 128);
+      if (elect) mb_arrive(x.q_empty);
+    };
+    auto advance = [&]() {
+      if (++st == kStages) st = 0, ph ^= 1;
     };
     auto arrived = [&]() {  // the newest K block
       mb_wait(x.k_full + 8 * st, ph);
       if constexpr (kPage) odd = agreed(load_int(x.odd + 4 * st));
+    };
+    // What its results need to know of a tile once the next one is begun.
+    struct Place {
+      int first, b, head, n, q_len, q_end;
+    };
+    auto place = [&]() {
+      return Place{tile.first(p), tile.b(p), tile.head(p), tile.n(p), tile.q_len(p), tile.q_end(p)};
+    };
+    // This thread's rows are this one and the eighth after it.
+    auto row_of = [&](int first) {
+      return first + ((int)threadIdx.x - 128) / 32 * 16 + (lane >> 2);
+    };
+    auto row = [&]() { return row_of(tile.first(p)); };
+    auto sink = [&](const Place& y) {
+      return p.sinks && y.n >= 0 ? p.sinks[y.b * p.sinks_b + y.head] * kLog2E : -infinity();
+    };
+    auto put_lse = [&](const Place& y, int hh, float value) {
+      const int row = row_of(y.first) + 8 * hh, in_batch = y.q_end - y.q_len - y.b * p.s + row;
+      if ((lane & 3) == 0 && row < y.q_len)
+        a.lse[((long long)y.b * p.h + y.head) * p.s + in_batch] = value;
     };
     auto done = [&]() {  // nobody of this warp reads the Span any more
       if constexpr (kSpan) mb_arrive_warp(x.t_empty + 8 * slot);
       // Else the compiler takes the warp for divided from here on, and keeps no loop state or
       // matrix descriptor in uniform registers.
       __syncwarp();
-    };
-    // This thread's rows: row() and row() + 8.
-    auto row = [&]() { return tile.first(p) + ((int)threadIdx.x - 128) / 32 * 16 + (lane >> 2); };
-    auto sink = [&]() {
-      return p.sinks && tile.n(p) >= 0 ? p.sinks[tile.b(p) * p.sinks_b + tile.head(p)] * kLog2E
-                                       : -infinity();
-    };
-    auto put_lse = [&](int row, float value) {
-      const int q_len = tile.q_len(p), b = tile.b(p), in_row = tile.q_end(p) - q_len - b * p.s;
-      float* lse = a.lse + ((long long)b * p.h + tile.head(p)) * p.s + in_row;
-      if ((lane & 3) == 0 && row < q_len) lse[row] = value;
     };
     // The next tile that has keys: Q and its first block of K have landed. False: there is none.
     auto take = [&]() {
@@ -474,16 +528,24 @@ struct Forward {
           mb_wait(x.t_full + 8 * slot, (round >> 1) & 1);
           if constexpr (kSpan) {
             if (Tile<>(x.tickets + kSlot * slot).head(p) < 0) return false;
+            tile = Tile<>(x.tickets + kSlot * slot);
+            blocks = tile.blocks(p);
           } else {
-            t = __shfl_sync(~0u, load_int(x.tickets + kSlot * slot), 0);
+            const u32 at = x.tickets + kSlot * slot;
+            const int4 y = load_int4(at);
+            tile.dense_head = agreed(y.z);
+            if (tile.dense_head < 0) return false;
+            tile.dense_first = agreed(y.x), tile.dense_b = agreed(y.y);
+            blocks = blocks_at(at + 16);
             if (lane == 0) mb_arrive(x.t_empty + 8 * slot);
           }
           round++;
+        } else {
+          if (t >= a.tiles) return false;
+          tile = Tile<>(a, t);
+          t = kOne ? a.tiles : t + gridDim.x;
+          blocks = tile.blocks(p);
         }
-        if (!kSpan && t >= a.tiles) return false;
-        tile = tile_of(a, x.tickets, slot, t);
-        t = kOne ? a.tiles : t + gridDim.x;
-        blocks = tile.blocks(p);
         if (blocks.begin < blocks.end) break;
         // No key for any row of the tile.
         const int q_len = tile.q_len(p), q_begin = tile.q_end(p) - q_len, h = tile.head(p);
@@ -493,24 +555,14 @@ struct Forward {
           if (at < q_len)
             a.out[((long long)(q_begin + at) * p.h + h) * (p.e / 2) + i % (p.e / 2)] = 0;
         }
-        for (int hh = 0; hh < 2; hh++) put_lse(row() + 8 * hh, sink() * kLn2);
+        const Place y = place();
+        for (int hh = 0; hh < 2; hh++) put_lse(y, hh, sink(y) * kLn2);
         done();
       }
       n = blocks.end - 1;
       qb = w % kQBufs;
       mb_wait(x.q_full + 8 * qb, (w / kQBufs) & 1);
       w++;
-      if constexpr (kQReg) {
-        int rr = (lane & 7) + ((lane >> 3) & 1) * 8;
-        u32 ro = x.q + (cw * 64 + warp * 16 + rr) * 128;
-#pragma unroll
-        for (int k = 0; k < D / 16; k++)
-          ldmatrix4(ro + (k / 4) * M * 128 + (((2 * (k % 4) + (lane >> 4)) ^ (rr & 7)) << 4),
-                    qf[4 * k], qf[4 * k + 1], qf[4 * k + 2], qf[4 * k + 3]);
-        fence_async();
-        bar_sync(kBarOut + cw, 128);
-        if (elect) mb_arrive(x.q_empty);
-      }
       int seen = tile.end(p);  // keys that a row of this warpgroup sees lie before this one
       if (kMask && p.right >= 0) {
         // Blocks that only later rows of the tile see: they are handed straight back.
@@ -525,25 +577,43 @@ struct Forward {
           // alone cannot tell them apart, and no wgmma keeps the warps together here.
           bar_sync(kBarOut + cw, 128);
           if (elect) mb_arrive(x.k_empty + 8 * st), mb_arrive(x.v_empty + 8 * st);
-          if (++st == kStages) st = 0, ph ^= 1;
+          advance();
         }
       }
-      half = kHalves && seen - n * N <= kHalf;
+      lower = kHalves && seen - n * N <= kHalf;
+      upper = kHalves && p.left >= 0 && n > blocks.begin &&
+              tile.first(p) + cw * 64 + tile.diagonal(p) - p.left >= blocks.begin * N + kHalf;
       arrived();
       return true;
     };
-    // Of the tile whose last product is under way: where out goes (without TMA, for how many rows),
-    // the stage of V, and what out is multiplied by.
-    int to = 0, h = 0, box = 0, rows = 0, last_v = 0;
+    // The log-sum-exp of the tile that is finished, and what its out is multiplied by.
+    Place last;
     float inv[2];
-    auto put_out = [&]() {
-      if constexpr (kSepO) {  // the previous tile's out must have left its buffer
+    auto finish = [&]() {
+#pragma unroll
+      for (int hh = 0; hh < 2; hh++) {
+        float r = sum[hh];
+        r += __shfl_xor_sync(~0u, r, 1);
+        r += __shfl_xor_sync(~0u, r, 2);
+        float top = ref[hh], keep = 1.f;
+        if (p.sinks) {  // one more term in the denominator
+          const float extra = sink(last);
+          top = fmaxf(top, extra);
+          keep = ex2(ref[hh] - top);
+          r = r * keep + ex2(extra - top);
+        }
+        inv[hh] = r > 0.f ? keep * rcp(r) : r;  // a NaN stays one
+        put_lse(last, hh, r == 0.f ? -infinity() : (top + lg2(r)) * kLn2);
+      }
+    };
+    // Out of the tile that is finished, to its buffer in shared memory and from there, or straight
+    // from the registers.
+    auto stage_out = [&]() {
+      pin(o);
+      if constexpr (kSepO) {
+        // The previous tile's must have left.
         if (elect) bulk_wait_read<0>();
         bar_sync(kBarOut + cw, 128);
-      }
-      pin(o);
-      if (elect) mb_arrive(x.v_empty + 8 * last_v);
-      if constexpr (kSepO) {
         int rr = (lane & 7) + ((lane >> 3) & 1) * 8;
         u32 ro = x.o + (cw * 64 + warp * 16 + rr) * 128;
 #pragma unroll
@@ -553,21 +623,12 @@ struct Forward {
                     pack<F16>(o[8 * k + 2] * inv[1], o[8 * k + 3] * inv[1]),
                     pack<F16>(o[8 * k + 4] * inv[0], o[8 * k + 5] * inv[0]),
                     pack<F16>(o[8 * k + 6] * inv[1], o[8 * k + 7] * inv[1]));
-        fence_async();
-        bar_sync(kBarOut + cw, 128);
-        if (elect) {
-#pragma unroll
-          for (int k = 0; k < E / 64; k++)
-            if (!kSpan || (k * 64 < p.e && to < p.s))
-              tma_store(&mo, x.o + k * M * 128 + cw * 8192, k * 64, to, h, box);
-          bulk_commit();
-        }
-        __syncwarp();
-      } else {  // no buffer: straight from the registers
+      } else {
+        const int rows = last.q_len - row_of(last.first), to = last.q_end - rows;
 #pragma unroll
         for (int hh = 0; hh < 2; hh++) {
-          uint4* at =
-              (uint4*)(a.out + ((long long)(to + 8 * hh) * p.h + h) * (p.e / 2)) + (lane & 3);
+          uint4* at = (uint4*)(a.out + ((long long)(to + 8 * hh) * p.h + last.head) * (p.e / 2)) +
+                      (lane & 3);
 #pragma unroll
           for (int j = 0; j < E / 32; j++) {
             u32 v[4];
@@ -582,208 +643,253 @@ struct Forward {
         }
       }
     };
-    // A tile's first product, issued before the end of the tile before it (`out`) or alone.
-    auto first_qk = [&](auto width, bool out) {
-      constexpr int kWidth = decltype(width)::value;
-      pin(s);
-      wg_fence();
-      issue_qk(st, Width<kWidth>{});
-      if (out) wg_wait<1>(), put_out();
-      wg_wait<0>();
-      pin(s);
+    auto send_out = [&]() {
+      if constexpr (kSepO) {
+        const int i = last.first + cw * 64, to = kSpan ? p.s - last.q_len + i : i;
+        fence_async();
+        bar_sync(kBarOut + cw, 128);
+        if (elect) {
+#pragma unroll
+          for (int k = 0; k < E / 64; k++)
+            if (!kSpan || (k * 64 < p.e && to < p.s))
+              tma_store(&mo, x.o + k * M * 128 + cw * 8192, k * 64, to, last.head,
+                        kSpan ? last.q_end : last.b);
+          bulk_commit();
+        }
+        __syncwarp();
+      }
     };
-    bool more = take();
-    if (kAhead && more) first_qk(Width<N>{}, false);
-#pragma unroll 1
-    while (more) {
-      auto mask = [&](int n) {
-        const int c0 = n * N + 2 * (lane & 3);
-        const int row0 = row(), diagonal = tile.diagonal(p), begin = tile.begin(p),
-                  end = tile.end(p);
-#pragma unroll
-        for (int hh = 0; hh < 2; hh++) {
-          const int at = row0 + 8 * hh + diagonal;
-          int most = end, least = begin;
-          if (kMask && p.right >= 0) most = min(most, at + p.right + 1);
-          if (kMask && p.left >= 0) least = max(least, at - p.left);
-          // By bits where ptxas does not run out of predicates, as in some of the wider rows, and
-          // beside pauses.
-          constexpr bool kBits = D <= 128 && !kJitter;
-          const u32 seen =
-              kBits ? columns_before(most - c0) & ~(kMask ? columns_before(least - c0) : 0u) : 0;
-#pragma unroll
-          for (int i = 0; i < N / 4; i++) {
-            const int column = c0 + i / 2 * 8 + i % 2;
-            if (kBits ? !(seen >> i & 1) : column < least || column >= most)
-              s[i / 2 * 4 + 2 * hh + i % 2] = -infinity();
-          }
-        }
-        if constexpr (kPage) {
-#pragma unroll
-          for (int i = 0; i < N / 2; i++)
-            if (odd >> (i / 8) & 1) s[i] = -infinity();
-        } else if (kSpan && tile.compare(p)) {
-          wg_wait<0>();
-          mask_segments(s, tile.query_ids(p), row0, tile.q_len(p), tile.key_ids(p), n * N,
-                        tile.k_len(p));
-        }
-      };
-      auto transform = [&](int n) {  // what S holds, to the score in natural units
-        if constexpr (kScore) {
-          const Scores<F16> score(p, tile.b(p), tile.n(p), tile.head(p), tile.diagonal(p));
-          const int row0 = row();
-          const char* rows[2] = {score.row(row0), score.row(row0 + 8)};
-#pragma unroll
-          for (int j = 0; j < N / 8; j++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-              s[4 * j + i] = score(s[4 * j + i], rows[i / 2], row0 + 8 * (i / 2),
-                                   n * N + 2 * (lane & 3) + 8 * j + i % 2);
-            asm volatile("" ::
-                             : "memory");  // or all loads of a bias come first, in more registers
-                                           // than there are
-          }
-        }
-      };
-      // Exponents are relative to a reference: the maximum of a row's first block, until a score is
-      // 2^far above it and much of the sum so far, or 2^farthest; then the maximum so far. So most
-      // blocks need neither the maximum of a whole row nor a rescaled O. `moved`: a reference of
-      // this warp was, and O is still to shrink.
-      bool moved = false;
-      float shrink[2];
-      auto update_ref = [&](bool first) {
-        float top[2];
-        const bool nonneg =
-            !first && __all_sync(~0u, (__float_as_int(ref[0]) | __float_as_int(ref[1])) >= 0);
-        if (nonneg)
-          top[0] = row_max(s, 0, true), top[1] = row_max(s, 1, true);
-        else
-          top[0] = row_max(s, 0, false), top[1] = row_max(s, 1, false);
-        const float share = log2_of(fminf(sum[0], sum[1])) + kShare;
-        const float above = fmaxf(top[0] * c - ref[0], top[1] * c - ref[1]);
-        moved = !first && __any_sync(~0u, above > fmaxf(a.far, fminf(share, a.farthest)));
-        if (!first && !moved) return;
-#pragma unroll
-        for (int i = 1; i < 3; i++)
-#pragma unroll
-          for (int hh = 0; hh < 2; hh++) top[hh] = fmaxf(top[hh], __shfl_xor_sync(~0u, top[hh], i));
-#pragma unroll
-        for (int hh = 0; hh < 2; hh++) {
-          float now = fmaxf(top[hh] * c, first ? kNothing : ref[hh]);
-          if (now < 0.f && now >= -kNear) now += kNear;
-          if (!first) shrink[hh] = ex2(ref[hh] - now);
-          sum[hh] = first ? 0.f : sum[hh] * shrink[hh];
-          ref[hh] = now;
-        }
-      };
-      auto exponentials = [&]() {  // and row sums, which trail by kLag chunks
-#pragma unroll
-        for (int j = 0; j < kChunks + kLag; j++) {
-          if (j < kChunks) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) s[4 * j + i] = ex2(s[4 * j + i] * c - ref[i / 2]);
-          }
-          if (j >= kLag) {
-            int l = 4 * (j - kLag);
-            sum[0] += s[l] + s[l + 1];
-            sum[1] += s[l + 2] + s[l + 3];
-          }
-        }
-      };
-      auto to_p = [&]() {
-#pragma unroll
-        for (int i = 0; i < N / 4; i++) pb[i] = pack<F16>(s[2 * i], s[2 * i + 1]);
-      };
-      if (!kAhead) first_qk(Width<N>{}, false);
-      if (elect) mb_arrive(x.k_empty + 8 * st);
-      transform(n);
-      if (odd || tile.masked(blocks, n)) mask(n);
-      update_ref(true);
-      exponentials();
-      to_p();
-#pragma unroll
-      for (int i = 0; i < E / 2; i++) o[i] = 0.f;
-      n--;
-      auto rescale = [&]() {
-        if (moved) {
-#pragma unroll
-          for (int i = 0; i < E / 2; i++) o[i] *= shrink[i / 2 % 2];
-        }
-      };
-      auto step = [&](auto width) {
-        rescale();
-        const int sv = st, pv = ph;  // PV lags QK by one block
-        if (++st == kStages) st = 0, ph ^= 1;
-        arrived();
-        pin(s), pin(o);
-        wg_fence();
-        issue_qk(st, Width<N>{});
-        mb_wait(x.v_full + 8 * sv, pv);
-        wg_fence();
-        issue_pv(sv, width);
-        wg_wait<1>();
-        pin(s);
-        if (elect) mb_arrive(x.k_empty + 8 * st);
-        transform(n);
-        if (kMask && (odd || tile.masked(blocks, n))) mask(n);
-        update_ref(false);
-        exponentials();
-        // Else ptxas moves exponentials below the wait. It cannot see that this is never negative.
-        sched_fence((__float_as_int(sum[0]) | __float_as_int(sum[1])) & p.s, x.q_full);
-        wg_wait<0>();
-        pin(o);
-        if (elect) mb_arrive(x.v_empty + 8 * sv);
-        to_p();
-        n--;
-      };
-      if (half && n >= blocks.begin) step(Width<kHalf>{});
-#pragma unroll 1
-      while (n >= blocks.begin) step(Width<N>{});
-
-      if (!kQReg && elect) mb_arrive(x.q_empty + 8 * qb);  // the last QK has read q
-      rescale();
-      mb_wait(x.v_full + 8 * st, ph);
-      pin(o);
-      wg_fence();
-      issue_pv(st, Width<N>{});
+    auto mask = [&](int n) {
+      const int c0 = n * N + 2 * (lane & 3);
+      int row0 = row();
+      asm volatile("" : "+r"(row0));  // or the bounds are kept in registers, of which there are few
+      const int diagonal = tile.diagonal(p), begin = tile.begin(p), end = tile.end(p);
 #pragma unroll
       for (int hh = 0; hh < 2; hh++) {
-        float r = sum[hh];
-        r += __shfl_xor_sync(~0u, r, 1);
-        r += __shfl_xor_sync(~0u, r, 2);
-        float top = ref[hh], keep = 1.f;
-        if (p.sinks) {  // one more term in the denominator
-          const float extra = sink(), most = fmaxf(top, extra);
-          if (most != -infinity()) {
-            keep = ex2(top - most);
-            r = r * keep + ex2(extra - most);
-            top = most;
-          }
+        const int at = row0 + 8 * hh + diagonal;
+        int most = end, least = begin;
+        if (kMask && p.right >= 0) most = min(most, at + p.right + 1);
+        if (kMask && p.left >= 0) least = max(least, at - p.left);
+        // By bits where ptxas does not run out of predicates, as in some of the wider rows, and
+        // beside pauses.
+        constexpr bool kBits = D <= 128 && !kJitter;
+        const u32 seen =
+            kBits ? columns_before(most - c0) & ~(kMask ? columns_before(least - c0) : 0u) : 0;
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+          const int column = c0 + i / 2 * 8 + i % 2;
+          if (kBits ? !(seen >> i & 1) : column < least || column >= most)
+            s[i / 2 * 4 + 2 * hh + i % 2] = -infinity();
         }
-        inv[hh] = r > 0.f ? keep * rcp(r) : r;  // a NaN stays one
-        put_lse(row() + 8 * hh, r == 0.f ? -infinity() : (top + lg2(r)) * kLn2);
       }
-      h = tile.head(p);
-      if constexpr (kSepO)
-        to = tile.q_row(p, tile.first(p) + cw * 64), box = tile.q_box(p);
-      else
-        rows = tile.q_len(p) - row(), to = tile.q_end(p) - rows;
-      done();
-      last_v = st;
-      if (++st == kStages) st = 0, ph ^= 1;
-      more = kAhead && take();
-      // Branches that each wait for what they issue: ptxas loses track of a product that only some
-      // paths have under way.
-      if (more && half) {
-        first_qk(Width<kHalf>{}, true);
-      } else if (more) {
-        first_qk(Width<N>{}, true);
-      } else {
+      if constexpr (kPage) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+          if (odd >> (i / 8) & 1) s[i] = -infinity();
+      } else if (kSpan && tile.compare(p)) {
         wg_wait<0>();
-        put_out();
+        mask_segments(s, tile.query_ids(p), row0, tile.q_len(p), tile.key_ids(p), n * N,
+                      tile.k_len(p));
       }
-      if constexpr (kOne) break;
-      if (!kAhead) more = take();
+    };
+    auto transform = [&](int n) {  // what S holds, to the score in natural units
+      if constexpr (kScore) {
+        const Scores<F16> score(p, tile.b(p), tile.n(p), tile.head(p), tile.diagonal(p));
+        const int row0 = row();
+        const char* rows[2] = {score.row(row0), score.row(row0 + 8)};
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            s[4 * j + i] = score(s[4 * j + i], rows[i / 2], row0 + 8 * (i / 2),
+                                 n * N + 2 * (lane & 3) + 8 * j + i % 2);
+          asm volatile("" ::
+                           : "memory");  // or all loads of a bias come first, in more registers
+                                         // than there are
+        }
+      }
+    };
+    // Exponents are relative to a reference: the maximum of a row's first block, until a score is
+    // 2^far above it and much of the sum so far, or 2^farthest; then the maximum so far. So most
+    // blocks need neither the maximum of a whole row nor a rescaled O. `moved`: a reference of
+    // this warp was, and O is still to shrink.
+    bool moved = false;
+    float shrink[2];
+    auto no_block = [&]() { ref[0] = ref[1] = kNothing, sum[0] = sum[1] = 0.f; };
+    auto update_ref = [&]() {
+      float top[2];
+      const bool nonneg = __all_sync(~0u, (__float_as_int(ref[0]) | __float_as_int(ref[1])) >= 0);
+      if (nonneg)
+        top[0] = row_max(s, 0, true), top[1] = row_max(s, 1, true);
+      else
+        top[0] = row_max(s, 0, false), top[1] = row_max(s, 1, false);
+      const float share = log2_of(fminf(sum[0], sum[1])) + kShare;
+      const float above = fmaxf(top[0] * c - ref[0], top[1] * c - ref[1]);
+      moved = __any_sync(~0u, above > fmaxf(a.far, fminf(share, a.farthest)));
+      if (!moved) return;
+#pragma unroll
+      for (int i = 1; i < 3; i++)
+#pragma unroll
+        for (int hh = 0; hh < 2; hh++) top[hh] = fmaxf(top[hh], __shfl_xor_sync(~0u, top[hh], i));
+#pragma unroll
+      for (int hh = 0; hh < 2; hh++) {
+        float now = fmaxf(top[hh] * c, ref[hh]);
+        if (now < 0.f && now >= -kNear) now += kNear;
+        shrink[hh] = ex2(ref[hh] - now);
+        sum[hh] *= shrink[hh];
+        ref[hh] = now;
+      }
+    };
+    auto exponentials = [&]() {  // and row sums, which trail by kLag chunks
+#pragma unroll
+      for (int j = 0; j < kChunks + kLag; j++) {
+        if (j < kChunks) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) s[4 * j + i] = ex2(s[4 * j + i] * c - ref[i / 2]);
+        }
+        if (j >= kLag) {
+          int l = 4 * (j - kLag);
+          sum[0] += s[l] + s[l + 1];
+          sum[1] += s[l + 2] + s[l + 3];
+        }
+      }
+    };
+    auto to_p = [&]() {
+#pragma unroll
+      for (int i = 0; i < N / 4; i++) pb[i] = pack<F16>(s[2 * i], s[2 * i + 1]);
+    };
+    auto softmax = [&](bool first) {
+      transform(n);
+      if ((kMask || first) && (odd || blocks.masked(n))) mask(n);
+      update_ref();
+      exponentials();
+    };
+    auto free_k = [&]() {
+      if (elect) mb_arrive(x.k_empty + 8 * st);
+    };
+
+    auto rescale = [&]() {
+      if (moved) {
+#pragma unroll
+        for (int i = 0; i < E / 2; i++) o[i] *= shrink[i / 2 % 2];
+      }
+    };
+    int sv = 0, pv = 0;  // where V of P is: PV lags QK by one block
+    bool owed = false;   // O is of the tile before that of P, and leaves before P V
+    auto next = [&]() {
+      sv = st, pv = ph;
+      advance();
+    };
+    // S of a block, and under its softmax P V of the block before. That may be a tile's second,
+    // under whose S the tile before leaves, or its first, under whose softmax the tile before ends.
+    enum : int { kSteady, kSecond, kTurn };
+    using Whole = Part<0, N>;
+    using Lower = Part<0, kHalf>;
+    using Upper = Part<N - kHalf, N>;
+    auto step = [&](auto keys, auto values, auto kind) {
+      constexpr int kKind = decltype(kind)::value;
+      if (kStagger && kKind == kTurn && cw > 0) bar_sync(kBarTurn + cw, 256);
+      pin(s), pin(o);
+      wg_fence();
+      issue_qk(st, keys, kKind == kTurn);
+      if (kKind == kSecond && owed) stage_out();
+      mb_wait(x.v_full + 8 * sv, pv);
+      wg_fence();
+      issue_pv(sv, values, kKind == kSteady || !owed);
+      if (kKind == kSecond && owed) send_out();
+      if (kKind == kTurn) {
+        if (kStagger && cw + 1 < kGroups) bar_arrive(kBarTurn + cw + 1, 256);
+        if constexpr (kQReg) read_q();
+        finish(), no_block();
+      }
+      wg_wait<1>();
+      pin(s);
+      free_k();
+      if (kQReg && kKind == kTurn) free_q();
+      softmax(kKind == kTurn);
+      // Else ptxas moves exponentials below the wait. It cannot see that this is never negative.
+      sched_fence((__float_as_int(sum[0]) | __float_as_int(sum[1])) & p.s, x.q_full);
+      wg_wait<0>();
+      pin(o);
+      if (elect) mb_arrive(x.v_empty + 8 * sv);
+      to_p();
+      n--;
+      if (kKind == kTurn) moved = false;
+    };
+
+    bool more = take();
+#pragma unroll 1
+    while (more) {
+      // The first block: nothing overlaps.
+      pin(s);
+      wg_fence();
+      issue_qk(st, Whole{}, true);
+      if constexpr (kQReg) read_q();
+      wg_wait<0>();
+      pin(s);
+      free_k();
+      if (kQReg) free_q();
+      no_block();
+      softmax(true);
+      to_p();
+      n--;
+#pragma unroll
+      for (int i = 0; i < E / 2; i++) o[i] = 0.f;
+      lower = moved = false;
+#pragma unroll 1
+      while (true) {
+        if (!kAhead || n >= blocks.begin) {
+          if (kAhead && !kMerge) {
+            next();
+            arrived();
+            // Branches that each wait for what they issue: ptxas loses track of a product that only
+            // some paths have under way.
+            if (lower)
+              step(Whole{}, Lower{}, Number<kSecond>{});
+            else
+              step(Whole{}, Whole{}, Number<kSecond>{});
+            owed = false;
+          }
+#pragma unroll 1
+          while (n >= blocks.begin) {
+            rescale();
+            next();
+            arrived();
+            step(Whole{}, Whole{}, Number<kMerge ? kSecond : kSteady>{});
+            owed = false;
+          }
+          rescale();
+        } else if (owed) {
+          stage_out(), send_out();
+        }
+        if (!kQReg && elect) mb_arrive(x.q_empty + 8 * qb);  // the last QK has read Q
+        if (!kAhead) break;
+        const bool was_upper = upper;
+        last = place();
+        done();
+        next();
+        if (!take()) break;
+        if (was_upper)
+          lower = false, step(Whole{}, Upper{}, Number<kTurn>{});
+        else if (lower)
+          step(Lower{}, Whole{}, Number<kTurn>{});
+        else
+          step(Whole{}, Whole{}, Number<kTurn>{});
+        owed = true;
+      }
+      if (!kAhead) sv = st, pv = ph;
+      mb_wait(x.v_full + 8 * sv, pv);
+      pin(o);
+      wg_fence();
+      issue_pv(sv, Whole{}, !kAhead || !owed);
+      if (!kAhead) last = place(), done();
+      finish();
+      wg_wait<0>();
+      if (elect) mb_arrive(x.v_empty + 8 * sv);
+      stage_out(), send_out();
+      if constexpr (kOne || kAhead) break;
+      advance();
+      more = take();
     }
     // What is still on its way arrives before the grid has ended.
     if (elect) bulk_wait_read<0>();

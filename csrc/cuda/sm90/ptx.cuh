@@ -338,6 +338,14 @@ DI int add_int(u32 p, int x) {  // what was there before
   asm volatile("atom.shared.add.s32 %0, [%1], %2;" : "=r"(a) : "r"(p), "r"(x) : "memory");
   return a;
 }
+DI int4 load_int4(u32 a) {
+  int4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(a)
+               : "memory");
+  return x;
+}
 DI void store_int4(u32 p, int4 x) {
   asm volatile("st.shared.v4.s32 [%0], {%1,%2,%3,%4};" ::"r"(p), "r"(x.x), "r"(x.y), "r"(x.z),
                "r"(x.w)
