@@ -88,10 +88,10 @@ struct Forward {
   static constexpr bool kHalves = kAhead && kQReg && kMask && !kSpan;
   // One code for the second block of a tile and those after it, where with more ptxas takes warps
   // for divided, or runs out of registers.
-  static constexpr bool kMerge = kAhead && !kQReg && kMask;
+  static constexpr bool kMerge = kAhead && kMask && kGroups == 3;
   // Each warpgroup begins a tile once the one before has asked for the products of its turn: when
   // all are at the same point, nothing is multiplied while they turn to the next tile.
-  static constexpr bool kStagger = kAhead && kGroups == 2;
+  static constexpr bool kStagger = kAhead && !kMerge;
   static constexpr int kHalf = kHalves ? N / 2 : N;
   static constexpr int kQBufs = kAhead && !kQReg ? 2 : 1;
   static constexpr int kSmem = kQBufs * kQBytes + kRest;
