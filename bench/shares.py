@@ -1,14 +1,16 @@
 """Turns results of bench.scaling into tables, and a plot.
 
     python -m bench.shares bench/results/*/scaling.json --plot bench/results/h200-x4/scaling.png
+    python -m bench.shares bench/results/h200-x4/scaling.json bench/results/h200-x4/tried/rings-*.json --mean
 
-The picture shows all of them, and carries their ids (see bench.report), so that `python -m docs.tables` can tell
+The last sets several records of as many devices beside each other. The picture shows all of them, and carries their ids (see bench.report), so that `python -m docs.tables` can tell
 whether it is of the file beside it.
 """
 
 import argparse
 import json
 import pathlib
+import statistics
 
 from bench import report
 
@@ -34,6 +36,21 @@ def table(result) -> str:
         name = case if len(impls) == 1 else f"{impl}, {case}"
         lines.append([mask, name, *(f"{x['tflops']:.0f}, {100 * x['of_single']:.0f} %" if x else "" for x in cells)])
     return report.table(["mask", "case", *MODES.values()], lines)
+
+
+def means(results) -> str:
+    """Of records of as many devices, our rings' shares in each, and their mean."""
+    lines = []
+    for devices in dict.fromkeys(result["devices"] for result in results):
+        found: dict[tuple, list[float]] = {}
+        for result in results:
+            for row in result["rows"] if result["devices"] == devices else ():
+                if row["impl"] == report.OURS and row["case"] not in BASELINES:
+                    found.setdefault((row["mask"], row["case"], row["mode"]), []).append(100 * row["of_single"])
+        for (mask, case, mode), shares in found.items():
+            each = ", ".join(f"{x:.1f}" for x in shares)
+            lines.append([str(devices), mask, case, MODES[mode], f"{statistics.mean(shares):.1f} %", each])
+    return report.table(["devices", "mask", "case", "mode", "mean", "each"], lines)
 
 
 def skipped(result) -> str:
@@ -85,9 +102,13 @@ def plot(results, path: pathlib.Path) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=pathlib.Path, nargs="+")
+    parser.add_argument("--mean", action="store_true", help="our rings, over all records of as many devices")
     parser.add_argument("--plot", type=pathlib.Path, help="a picture to write, .png")
     args = parser.parse_args()
     results = by_devices(args.results)
+    if args.mean:
+        print(means(results))
+        return
     for result in results:
         print(f"{result['devices']} x {result['device']}\n\n{table(result)}\n\n{skipped(result)}".rstrip() + "\n")
     if args.plot:

@@ -193,3 +193,18 @@ def test_what_scaling_did_not_time():
     ]
     assert shares.skipped({"skipped": why}) == "Not timed: a, ring (full, forward and backward): wrong."
     assert shares.skipped({}) == ""
+
+
+def test_shares_of_several_records_have_a_mean():
+    def record(devices, share):
+        rows = [
+            {"impl": impl, "case": case, "mask": "full", "mode": "fwd", "of_single": share}
+            for impl, case in (("flashjax", "single"), ("flashjax", "ring-contiguous"), ("other", "ring-contiguous"))
+        ]
+        return {"devices": devices, "rows": rows}
+
+    lines = shares.means([record(2, 0.9), record(4, 0.8), record(2, 0.94)]).splitlines()[2:]
+    assert lines == [
+        "| 2 | full | ring-contiguous | forward | 92.0 % | 90.0, 94.0 |",
+        "| 4 | full | ring-contiguous | forward | 80.0 % | 80.0 |",
+    ]
