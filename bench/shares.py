@@ -3,8 +3,8 @@
     python -m bench.shares bench/results/*/scaling.json --plot bench/results/h200-x4/scaling.png
     python -m bench.shares bench/results/h200-x4/scaling.json bench/results/h200-x4/tried/rings-*.json --mean
 
-The last sets several records of as many devices beside each other. The picture shows all of them, and carries their ids (see bench.report), so that `python -m docs.tables` can tell
-whether it is of the file beside it.
+The last sets several records of as many devices beside each other. The picture shows all of its files, and carries
+their ids (see bench.report), so that `python -m docs.tables` can tell whether it is of the file beside it.
 """
 
 import argparse
