@@ -138,6 +138,10 @@ def benchmarks(folder) -> list[pathlib.Path]:
     return [path for path in sorted((RESULTS / folder).glob("*.json")) if "ceilings" in json.loads(path.read_text())]
 
 
+def all_results(folder) -> str:
+    return "\n\n".join(result(path.relative_to(RESULTS)) for path in benchmarks(folder))
+
+
 def memory_result() -> str:
     return result("cpu/memory.json", memory.memory_table, "python -m bench.memory --show")
 
@@ -187,10 +191,10 @@ BLOCKS = {
     "support": support,
     "checks": checks,
     "slots": slots,
-    "cpu": lambda: result("cpu/attention.json"),
+    "cpu": lambda: all_results("cpu"),
     "memory": memory_result,
     "accuracy": accuracy_result,
-    "h200": lambda: "\n\n".join(result(path.relative_to(RESULTS)) for path in benchmarks("h200")),
+    "h200": lambda: all_results("h200"),
 }
 
 
