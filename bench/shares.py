@@ -102,14 +102,13 @@ def plot(results, path: pathlib.Path) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=pathlib.Path, nargs="+")
-    parser.add_argument("--mean", action="store_true", help="our rings, over all records of as many devices")
+    parser.add_argument("--mean", action="store_true", help="instead: our rings, over all records of as many devices")
     parser.add_argument("--plot", type=pathlib.Path, help="a picture to write, .png")
     args = parser.parse_args()
     results = by_devices(args.results)
     if args.mean:
         print(means(results))
-        return
-    for result in results:
+    for result in () if args.mean else results:
         print(f"{result['devices']} x {result['device']}\n\n{table(result)}\n\n{skipped(result)}".rstrip() + "\n")
     if args.plot:
         plot(results, args.plot)
