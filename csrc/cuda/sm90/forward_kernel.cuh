@@ -96,7 +96,7 @@ struct Forward {
   static constexpr int kQBufs = kAhead && !kQReg ? 2 : 1;
   static constexpr int kSmem = kQBufs * kQBytes + kRest;
   static constexpr int kSlot = 80;  // a tile's Span, or where it is, and its Blocks
-  static constexpr int kBarOut = 1, kBarTurn = kBarOut + kGroups;  // named, one a warpgroup
+  static constexpr int kBarOut = 1, kBarTurn = kBarOut + kGroups;  // named; one, two a warpgroup
   static_assert(!kSpan || (kDyn && kMask));
   static_assert(N <= 128);  // columns_before
   static_assert(!kPage || (kSpan && N <= 512));
@@ -437,8 +437,8 @@ struct Forward {
     const u32 dq = desc_lo(x.q + cw * 8192, 16), dk = desc_lo(x.k, 16), dv = desc_lo(x.v, N * 128);
     int st = 0, ph = 0;  // stage and parity of the newest K block
     int t = blockIdx.x, round = 0,
-        slot = 0;       // the tile, if dealt; how many there were, and where it is said which
-    int w = 0, qb = 0;  // tiles with keys so far, and the buffer of Q
+        slot = 0;  // the tile, if dealt; how many there were, and where it is said which
+    int w = 0, qb = 0, turn = 0;  // tiles with keys so far; the buffer of Q; turns, modulo 2
     Tile<> tile(0u);
     Blocks blocks{};
     int n = 0;  // the block
@@ -483,6 +483,7 @@ struct Forward {
                   qf[4 * k], qf[4 * k + 1], qf[4 * k + 2], qf[4 * k + 3]);
     };
     auto free_q = [&]() {  // read by all warps
+      fence_async();       // by ordinary loads, before a copy
       bar_sync(kBarOut + cw, 128);
       if (elect) mb_arrive(x.q_empty);
     };
@@ -768,6 +769,11 @@ struct Forward {
       if (elect) mb_arrive(x.k_empty + 8 * st);
     };
 
+    // Tiles of one block let the warpgroup before arrive for the next turn while some warps of this
+    // one have yet to arrive for their own, and a barrier counts threads, whoever they are. So
+    // turns take two in turn: nobody is two turns ahead, for that takes a stage of K that is handed
+    // back after this one's product with it.
+    auto turn_of = [&](int cw) { return kBarTurn + 2 * cw + turn; };
     auto rescale = [&]() {
       if (moved) {
 #pragma unroll
@@ -788,7 +794,7 @@ struct Forward {
     using Upper = Part<N - kHalf, N>;
     auto step = [&](auto keys, auto values, auto kind) {
       constexpr int kKind = decltype(kind)::value;
-      if (kStagger && kKind == kTurn && cw > 0) bar_sync(kBarTurn + cw, 256);
+      if (kStagger && kKind == kTurn && cw > 0) bar_sync(turn_of(cw), 256);
       pin(s), pin(o);
       wg_fence();
       issue_qk(st, keys, kKind == kTurn);
@@ -798,7 +804,7 @@ struct Forward {
       issue_pv(sv, values, kKind == kSteady || !owed);
       if (kKind == kSecond && owed) send_out();
       if (kKind == kTurn) {
-        if (kStagger && cw + 1 < kGroups) bar_arrive(kBarTurn + cw + 1, 256);
+        if (kStagger && cw + 1 < kGroups) bar_arrive(turn_of(cw + 1), 256);
         if constexpr (kQReg) read_q();
         finish(), no_block();
       }
@@ -814,7 +820,7 @@ struct Forward {
       if (elect) mb_arrive(x.v_empty + 8 * sv);
       to_p();
       n--;
-      if (kKind == kTurn) moved = false;
+      if (kKind == kTurn) moved = false, turn ^= 1;
     };
 
     bool more = take();
