@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TEST_ARGS ?=
 BENCH_ARGS ?=
+# Rows of kernels.def, a regular expression, and what to run of tests/ with them.
+EMULATED ?= .
+EMULATED_TESTS ?= test_forward.py test_backward.py test_decode.py
 # Where an NVIDIA driver answers, JAX comes with CUDA. `make demo ACCELERATOR=` to have none.
 ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda13)
 
@@ -14,7 +17,7 @@ EXTRA = $(shell $(BIN)/python -c "import sys, tomllib; \
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f 2>/dev/null)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help demo test cpp-test lint format bench-cpu bench-memory record-cpu cuda-ci clean
+.PHONY: help demo test cpp-test emulator-test lint format bench-cpu bench-memory record-cpu cuda-ci clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -30,6 +33,15 @@ cpp-test: $(VENV)/test ## the C++ unit tests
 	@{ $(BIN)/cmake -S tests/cpp -B build/cpp -G "Unix Makefiles" && $(BIN)/cmake --build build/cpp; } \
 	  >build/cpp.log 2>&1 || { cat build/cpp.log; exit 1; }
 	build/cpp/flashjax_cpp_tests
+
+emulator-test: $(VENV)/test ## the Hopper kernels, on a model of a GPU that runs on the CPU: docs/emulator.md
+	$(PIP) nanobind
+	@echo "building the kernels for the emulator: about two minutes"
+	@{ $(BIN)/cmake -S tests/emulator -B build/emulator -G "Unix Makefiles" -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DFLASHJAX_EMULATED='$(EMULATED)' && $(BIN)/cmake --build build/emulator; } >build/emulator.log 2>&1 || { tail -50 build/emulator.log; exit 1; }
+	build/emulator/machine_test
+	cd tests && FLASHJAX_EMULATOR=../build/emulator OPENBLAS_NUM_THREADS=1 $(abspath $(BIN)/python) -m pytest -q -n 2 \
+	  -c ../pyproject.toml --rootdir .. $(EMULATED_TESTS)
 
 lint: $(VENV)/lint ## formatting, lint, types and what README says
 	$(BIN)/ruff format --check .

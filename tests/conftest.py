@@ -19,12 +19,14 @@ import jax
 import numpy as np
 import pytest
 
+import emulated
+
 hypothesis.settings.register_profile(
     "flashjax", deadline=None, derandomize=True, max_examples=12, database=None, print_blob=False
 )
 hypothesis.settings.load_profile("flashjax")
 
-ON_GPU = jax.default_backend() == "gpu"
+ON_GPU = emulated.installed or jax.default_backend() == "gpu"
 IMPLEMENTATIONS = ("cuda",) if ON_GPU else ("cpu", "reference")
 
 
@@ -51,6 +53,11 @@ def pytest_runtest_call(item):
             pytest.skip(str(outcome.excinfo[1]))
         except pytest.skip.Exception as skip:
             outcome.force_exception(skip)
+
+
+def pytest_runtest_setup(item):
+    """Under the emulator each test has an order of its own, the same in every run."""
+    os.environ["FLASHJAX_EMULATOR_SEED"] = str(zlib.crc32(item.nodeid.encode()))
 
 
 @pytest.fixture

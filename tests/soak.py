@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import emulated
 import oracle
 from cases import Case, cotangents
 from harness import differentiated, function, to_device
@@ -193,10 +194,11 @@ def describe(case: Case) -> str:
 def work(args):
     """Seeds start, start + stride, ... until time is up: a line of JSON before each and after each."""
     end = time.monotonic() + args.seconds
-    implementation = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    implementation = "cuda" if jax.default_backend() == "gpu" or emulated.installed else "cpu"
     seed = args.seed if args.only is None else args.only
     while time.monotonic() < end or args.only is not None:
         case = random_case(seed)
+        os.environ["FLASHJAX_EMULATOR_SEED"] = str(seed)
         print(json.dumps({"seed": seed, "case": describe(case)}), flush=True)
         try:
             row = {"taken": check(case, implementation)}
