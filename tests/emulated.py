@@ -1,4 +1,4 @@
-"""flashjax as on a GPU, whose kernels a model of one runs on the CPU; with FLASHJAX_EMULATOR, a build of tests/emulator.
+"""flashjax as on a GPU, whose kernels a model of one runs on the CPU: FLASHJAX_EMULATOR is a build of tests/emulator.
 
     FLASHJAX_EMULATOR=BUILD python -m pytest tests
 
