@@ -71,6 +71,7 @@ execute_process(COMMAND "${Python_EXECUTABLE}" "${wgmma}" "${CMAKE_BINARY_DIR}/g
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${wgmma}")
 
 include("${CMAKE_CURRENT_LIST_DIR}/archs.cmake")
+include("${CMAKE_CURRENT_LIST_DIR}/rows.cmake")
 
 # What FlashAttention-2's sources are compiled with, which are fetched once.
 function(flashjax_upstream result)
@@ -95,20 +96,7 @@ set(built "")
 set(built_ids " ")
 set(sources "")
 foreach(row IN LISTS rows)
-  string(REGEX REPLACE "^KERNEL\\((.*)\\)$" "\\1" columns "${row}")
-  string(REGEX REPLACE ", *" ";" columns "${columns}")
-  list(GET columns 0 id)
-  list(GET columns 1 direction)
-  list(GET columns 2 family)
-  list(GET columns 3 arch_min)
-  list(GET columns 4 arch_max)
-  list(GET columns 5 dtype)
-  list(GET columns 6 d)
-  list(GET columns 7 e)
-  list(GET columns 9 m)
-  list(GET columns 10 n)
-  list(GET columns 12 variant)
-  list(GET columns 13 ci)
+  flashjax_row("${row}")
   if(NOT FLASHJAX_KERNELS STREQUAL "all" AND NOT id IN_LIST FLASHJAX_KERNELS
      AND NOT (FLASHJAX_KERNELS STREQUAL "ci" AND ci))
     continue()
@@ -124,22 +112,8 @@ foreach(row IN LISTS rows)
     endif()
     set(more "${upstream}")
   endif()
-  string(TOLOWER "${direction}" lower)
-  if(direction STREQUAL "Forward")
-    set(params "FwdParams")
-  else()
-    set(params "BwdParams")
-  endif()
   set(source "${generated}/${id}.cu")
-  file(CONFIGURE OUTPUT "${source}" CONTENT [=[
-#include "cuda/@family@/@lower@.cuh"
-
-namespace flashjax::cuda {
-cudaError_t launch_@id@(const @params@& p, const Device& device, cudaStream_t stream) {
-  return @family@::launch_@lower@<DType::k@dtype@, @d@, @e@, @m@, @n@, Variant::@variant@>(p, device, stream);
-}
-}  // namespace flashjax::cuda
-]=] @ONLY)
+  flashjax_row_source("${source}")
   set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${gencode};${more}")
   list(APPEND sources "${source}")
   string(APPEND built "${row}\n")
