@@ -40,7 +40,8 @@ emulator-test: $(VENV)/test ## the Hopper kernels, on a model of a GPU that runs
 	@{ $(BIN)/cmake -S tests/emulator -B build/emulator -G "Unix Makefiles" -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -DFLASHJAX_EMULATED='$(EMULATED)' && $(BIN)/cmake --build build/emulator; } >build/emulator.log 2>&1 || { tail -50 build/emulator.log; exit 1; }
 	build/emulator/machine_test
-	cd tests && FLASHJAX_EMULATOR=../build/emulator OPENBLAS_NUM_THREADS=1 $(abspath $(BIN)/python) -m pytest -q -n 2 \
+	build/emulator/blocks_test
+	cd tests && FLASHJAX_EMULATOR=$(CURDIR)/build/emulator OPENBLAS_NUM_THREADS=1 $(abspath $(BIN)/python) -m pytest -q -n 2 \
 	  -c ../pyproject.toml --rootdir .. $(EMULATED_TESTS)
 
 lint: $(VENV)/lint ## formatting, lint, types and what README says

@@ -15,6 +15,7 @@ import pytest
 import flashjax
 
 ON_GPU = jax.default_backend() == "gpu"
+pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import json, resource, sys
@@ -85,7 +86,6 @@ def test_grouped_keys_are_not_repeated():
     assert float(done.stdout) < 16, "times the keys"
 
 
-@pytest.mark.slow
 def test_more_than_2_to_31_elements(compiled):
     """The last key of 2**20 + 64 decides, of a cache with more elements than an int32 counts; then of its pages."""
     if not ON_GPU and os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8 << 30:

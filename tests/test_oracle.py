@@ -6,6 +6,8 @@ import pytest
 import oracle
 from cases import BY_ID, CASES, DIFFERENTIABLE, Inputs, cotangents
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["everything", "packed-everything", "bias-rows-sinks", "empty-rows-sinks"])
 def test_gradients_by_differences(name):

@@ -43,13 +43,21 @@ struct Matrix {
   float operator()(int r, int c) const { return host[r * columns + c]; }
 };
 
+// Where element (r, c) of a swizzled tile is, and its value.
+static DI u32 place(u32 tile, int rows, int r, int c) {
+  return tile + c / 64 * rows * 128 + r * 128 + ((((c % 64) / 8) ^ (r & 7)) << 4) + c % 8 * 2;
+}
+static DI float element(u32 tile, int rows, int r, int c) {
+  const u32 at = place(tile, rows, r, c), pair = load_int(at & ~3u);
+  return at & 2 ? high<false>(pair) : low<false>(pair);
+}
+
 // Row-major global memory to the swizzled tile that a tensor map would make: chunks of 64 columns,
 // 128 bytes a row.
 static DI void fill(u32 tile, const unsigned short* m, int rows, int columns) {
-  for (int i = threadIdx.x; i < rows * columns; i += blockDim.x) {
-    int r = i / columns, c = i % columns;
-    u32 at = tile + c / 64 * rows * 128 + r * 128 + ((((c % 64) / 8) ^ (r & 7)) << 4) + c % 8 * 2;
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(m[i]) : "memory");
+  for (int i = 2 * threadIdx.x; i < rows * columns; i += 2 * blockDim.x) {
+    const int r = i / columns, c = i % columns;
+    store_int(place(tile, rows, r, c), m[i + 1] << 16 | m[i]);
   }
   fence_async();
   __syncthreads();
@@ -137,15 +145,8 @@ static __global__ void box(const __grid_constant__ TMap map, int first, int last
   }
   __syncthreads();
   mb_wait(bar, 0);
-  for (int i = threadIdx.x; i < 96 * 128; i += blockDim.x) {
-    int r = i / 128, c = i % 128;
-    unsigned short x;
-    asm volatile(
-        "ld.shared.u16 %0, [%1];"
-        : "=h"(x)
-        : "r"(tile + c / 64 * 96 * 128 + r * 128 + ((((c % 64) / 8) ^ (r & 7)) << 4) + c % 8 * 2));
-    out[i] = to_float<false>(x);
-  }
+  for (int i = threadIdx.x; i < 96 * 128; i += blockDim.x)
+    out[i] = element(tile, 96, i / 128, i % 128);
 }
 
 // Ones from shared memory to a box of 64 rows and columns.
@@ -178,15 +179,8 @@ static __global__ void matrix_stores(float* rows, float* columns) {
     stmatrix4_trans(turned + k * 2048 + tr * 128 + ((kc ^ (tr & 7)) << 4), f[0], f[1], f[2], f[3]);
   }
   __syncwarp();
-  auto read = [](u32 t, int r, int c) {
-    unsigned short y;
-    asm volatile("ld.shared.u16 %0, [%1];"
-                 : "=h"(y)
-                 : "r"(t + r * 128 + (((c / 8) ^ (r & 7)) << 4) + c % 8 * 2));
-    return to_float<false>(y);
-  };
-  for (int i = l; i < 16 * 64; i += 32) rows[i] = read(tile, i / 64, i % 64);
-  for (int i = l; i < 64 * 16; i += 32) columns[i] = read(turned, i / 16, i % 16);
+  for (int i = l; i < 16 * 64; i += 32) rows[i] = element(tile, 16, i / 64, i % 64);
+  for (int i = l; i < 64 * 16; i += 32) columns[i] = element(turned, 64, i / 16, i % 16);
 }
 
 // Both ways of adding a tile to memory.

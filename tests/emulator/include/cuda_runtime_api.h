@@ -1,5 +1,8 @@
 // What the host side of the kernels asks of the CUDA runtime, answered by the emulator.
 #pragma once
+#include <cstdlib>
+#include <cstring>
+
 #include "device.h"
 
 enum cudaError_t {
@@ -54,6 +57,22 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
   return cudaSuccess;
 }
 
+// There is one memory, and nothing is under way between two calls.
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+  return cudaMemsetAsync(to, value, bytes, nullptr);
+}
+template <typename T>
+cudaError_t cudaMalloc(T** to, size_t bytes) {
+  *to = static_cast<T*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+  return cudaMemset(*to, 0xFF, bytes);
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaGetLastError(); }
+
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeProgrammaticStreamSerialization,
   cudaLaunchAttributeClusterDimension
@@ -85,7 +104,7 @@ cudaError_t start(dim3 grid, dim3 threads, int bytes, int cluster, void (*kernel
 struct Grid {
   dim3 grid, threads;
   int bytes;
-  Grid(dim3 grid, dim3 threads, int bytes, cudaStream_t)
+  Grid(dim3 grid, dim3 threads, int bytes = 0, cudaStream_t = nullptr)
       : grid(grid), threads(threads), bytes(bytes) {}
   template <typename Kernel, typename... Args>
   void operator()(Kernel kernel, const Args&... args) const {
