@@ -5,7 +5,7 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 # Rows of kernels.def, a regular expression, and what to run of tests/ with them.
 EMULATED ?= .
-EMULATED_TESTS ?= test_forward.py test_backward.py test_decode.py
+EMULATED_TESTS ?= test_forward.py test_backward.py test_decode.py test_sequences.py
 # Where an NVIDIA driver answers, JAX comes with CUDA. `make demo ACCELERATOR=` to have none.
 ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda13)
 

@@ -31,7 +31,6 @@ unsigned char* shared_memory();
 
 // Ends the launch with a message; does not return.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
-[[noreturn]] void trap();
 
 // Lets others run, as one that asks again and again must.
 void yield();
