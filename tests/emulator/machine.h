@@ -35,11 +35,10 @@ unsigned char* shared_memory();
 // Lets others run, as one that asks again and again must.
 void yield();
 
-// ---- shared memory, by address
+// ---- shared memory, by address, as ordinary instructions have it
 u32 address_of(const void* p);
-enum class By { kThread, kHardware };  // ordinary instructions, or copies and products
-const void* read(u32 address, u32 bytes, By by);
-void* write(u32 address, u32 bytes, By by);
+const void* read(u32 address, u32 bytes);
+void* write(u32 address, u32 bytes);
 void fence_async();  // what this thread wrote may be read by copies and products
 
 // ---- lanes of a warp that meet: `work` runs once, with what each of them brings

@@ -35,7 +35,7 @@ static void sometimes(const char* what, int threads, const std::function<void()>
 
 static u32 base() { return (address_of(shared_memory()) + 1023) & ~1023u; }
 static int tid() { return static_cast<int>(threadIdx.x); }
-static const float* floats(u32 at) { return static_cast<const float*>(read(at, 4, By::kThread)); }
+static const float* floats(u32 at) { return static_cast<const float*>(read(at, 4)); }
 
 static void barriers() {
   never("a barrier lets its waiters go", 64, [] {
@@ -119,7 +119,7 @@ static void copies() {
   static float to[64];
   auto out = [](bool fence) {
     return [fence] {
-      *static_cast<float*>(write(base() + 4 * tid(), 4, By::kThread)) = 1.f;
+      *static_cast<float*>(write(base() + 4 * tid(), 4)) = 1.f;
       if (fence) fence_async();
       __syncwarp();
       if (tid() == 0) {
@@ -133,18 +133,17 @@ static void copies() {
   always("a copy out of what was not", 32, out(false));
   sometimes("what a copy still reads is written", 32, [] {
     if (tid() == 0) {
-      *static_cast<float*>(write(base(), 16, By::kThread)) = 1.f;
+      *static_cast<float*>(write(base(), 16)) = 1.f;
       fence_async();
       store_bytes(to, base(), 16, false);
       commit_copies();
       yield();
-      *static_cast<float*>(write(base(), 16, By::kThread)) = 2.f;
+      *static_cast<float*>(write(base(), 16)) = 2.f;
       wait_copies(0, false);
       if (to[0] != 1.f) fail("another number");
     }
   });
-  always("shared memory that the block does not have", 32,
-         [] { read(base() + 16384, 4, By::kThread); });
+  always("shared memory that the block does not have", 32, [] { read(base() + 16384, 4); });
 }
 
 static void products() {
@@ -152,7 +151,7 @@ static void products() {
     return [wait] {
       float d[4] = {1, 1, 1, 1};
       for (int i = 0; i < 4; i++)  // zeros
-        std::memset(write(base() + 2048 * i + 16 * tid(), 16, By::kThread), 0, 16);
+        std::memset(write(base() + 2048 * i + 16 * tid(), 16), 0, 16);
       fence_async();
       __syncthreads();
       const u64 operand = u64{1} << 62 | u64{64} << 32 | base() >> 4;

@@ -30,13 +30,12 @@ unsigned char* hardware_at(Cta& c, u32 address, u32 bytes, const char* what) {
   return p;
 }
 
-const void* read(u32 address, u32 bytes, By by) {
+const void* read(u32 address, u32 bytes) {
   if (address % std::min(bytes, 16u)) fail("%u bytes read at address %u", bytes, address);
-  return by == By::kThread ? at(cta(), address, bytes)
-                           : hardware_at(cta(), address, bytes, "a read of");
+  return at(cta(), address, bytes);
 }
 
-void* write(u32 address, u32 bytes, By) {
+void* write(u32 address, u32 bytes) {
   if (address % std::min(bytes, 16u)) fail("%u bytes written at address %u", bytes, address);
   Cta& c = cta();
   unsigned char* p = at(c, address, bytes);

@@ -10,7 +10,6 @@ enum cudaError_t {
   cudaErrorInvalidValue,
   cudaErrorInvalidConfiguration,
   cudaErrorNotSupported,
-  cudaErrorNoKernelImageForDevice,
   cudaErrorLaunchFailure
 };
 using cudaStream_t = void*;

@@ -53,7 +53,6 @@ inline int __float_as_int(float x) { return emulator_bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return emulator_bits<unsigned>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline unsigned __umulhi(unsigned x, unsigned y) {
   return static_cast<unsigned>(uint64_t{x} * y >> 32);
 }
@@ -62,13 +61,8 @@ inline unsigned __funnelshift_lc(unsigned low, unsigned high, unsigned shift) {
   const uint64_t both = uint64_t{high} << 32 | low;
   return static_cast<unsigned>(both << min(shift, 32u) >> 32);
 }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 // ---- memory
-template <typename T>
-T __ldg(const T* p) {
-  return *p;
-}
 template <typename T>
 T __ldcg(const T* p) {
   return *p;
@@ -102,7 +96,6 @@ T atomicOr(T* p, U x) {
   *p = before | static_cast<T>(x);
   return before;
 }
-inline void __threadfence() {}
 inline void __nanosleep(unsigned) { emulator::yield(); }
 inline uint64_t __cvta_generic_to_shared(const void* p) { return emulator::address_of(p); }
 
@@ -158,10 +151,6 @@ T __shfl_xor_sync(unsigned mask, T x, int with) {
 template <typename T>
 T __shfl_up_sync(unsigned mask, T x, int by) {
   return emulator::shuffle(mask, "__shfl_up_sync", x, emulator::lane() - by);
-}
-template <typename T>
-T __shfl_down_sync(unsigned mask, T x, int by) {
-  return emulator::shuffle(mask, "__shfl_down_sync", x, emulator::lane() + by);
 }
 inline unsigned __ballot_sync(unsigned mask, int x) {
   return emulator::reduce(mask, "__ballot_sync", x ? 1u << emulator::lane() : 0u,

@@ -9,16 +9,14 @@ namespace flashjax::sm90 {
 typedef unsigned int u32;
 typedef unsigned long long u64;
 struct TMap;
-struct BiasArgs;
-using emulator::By;
 
 template <typename T>
-const T& shared(u32 address, By by = By::kThread) {
-  return *static_cast<const T*>(emulator::read(address, sizeof(T), by));
+const T& shared(u32 address) {
+  return *static_cast<const T*>(emulator::read(address, sizeof(T)));
 }
 template <typename T>
 void share(u32 address, const T& x) {
-  *static_cast<T*>(emulator::write(address, sizeof(T), By::kThread)) = x;
+  *static_cast<T*>(emulator::write(address, sizeof(T))) = x;
 }
 
 inline void jitter() {}
@@ -142,7 +140,7 @@ void store_matrices(u32 a, u32 r0, u32 r1, u32 r2, u32 r3, bool trans) {
           const int r = trans ? c : row, k = trans ? row : c;
           line[c] = half_of(all[4 * r + k / 2]->x[j], k % 2);
         }
-        std::memcpy(emulator::write(all[8 * j + row]->address, 16, By::kThread), line, 16);
+        std::memcpy(emulator::write(all[8 * j + row]->address, 16), line, 16);
       }
   });
 }
@@ -160,7 +158,7 @@ inline Matrices load_matrices(u32 a, bool trans) {
     for (int j = 0; j < 4; j++) {
       unsigned short rows[8][8];
       for (int row = 0; row < 8; row++)
-        std::memcpy(rows[row], emulator::read(all[8 * j + row]->address, 16, By::kThread), 16);
+        std::memcpy(rows[row], emulator::read(all[8 * j + row]->address, 16), 16);
       for (int lane = 0; lane < 32; lane++) {
         const int r = lane / 4, c = 2 * (lane % 4);
         all[lane]->x[j] =
