@@ -118,7 +118,8 @@ SUITES: dict[str, list[Cell]] = {
     "h200-forward": _train(_TRAIN, modes=("fwd",)),
     "h200-backward": _train(_TRAIN, modes=("bwd",)),
     "h200-long": _train([(1, 65536, 16, 128, ())]),
-    "h200-masks": _train([(1, 16384, 16, 128, ())], ("causal",))
+    # Causal rows to compare masks with: as long, and with as many blocks a tile of queries.
+    "h200-masks": _train([(b, 16384 // b, 16, 128, ()) for b in (1, 8, 16)], ("causal",))
     + _train([(1, 16384, 16, 128, ())], ("window",), window=1024)
     + [
         _square(mode, 1, 16384, 16, 128, "segments", lengths=lengths)

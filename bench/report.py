@@ -137,18 +137,32 @@ def verdicts(faster, mode) -> list[tuple[str, bool]]:
 
 
 def against_dense(result, mode) -> str:
-    """The rate on the blocks that a mask leaves, relative to the causal cell of the same shape."""
+    """The rate on the blocks that a mask leaves, relative to causal rows: as long, and with as many blocks a tile."""
     cells = {cell.id: cell for suite in SUITES.values() for cell in suite}
     ours = {case: impls[OURS] for case, impls in by_case(result, mode).items() if OURS in impls and case in cells}
-    shape = ("dtype", "b", "s", "t", "h", "g", "d", "e")
-    rates = {case: cells[case].blocks() / row["ms_median"] for case, row in ours.items() if row["s"] == row["t"]}
-    dense = {tuple(ours[case][key] for key in shape): rate for case, rate in rates.items() if "-causal" in case[-7:]}
+    shape = ("dtype", "h", "g", "d", "e")
+    masked, causal = [], defaultdict(list)
+    for case, row in ours.items():
+        cell, tiles = cells[case], row["b"] * -(-row["s"] // 128)
+        blocks = row["b"] * cell.blocks()
+        found = (row, blocks / tiles, blocks / row["ms_median"])
+        if cell.mask in ("window", "segments"):
+            masked.append(found)
+        elif cell.mask == "causal" and not cell.packed and row["s"] == row["t"]:
+            causal[tuple(row[key] for key in shape)].append(found)
     parts = []
-    for case, rate in rates.items():
-        causal = dense.get(tuple(ours[case][key] for key in shape))
-        if causal and cells[case].mask in ("window", "segments"):
-            parts.append(f"{problem(ours[case])[-1]} {rate / causal:.2f}x")
-    return f"On the blocks of 128 x 128 that a mask leaves, against causal: {', '.join(parts)}." if parts else ""
+    for row, blocks, rate in masked:
+        dense = causal[tuple(row[key] for key in shape)]
+        as_long = [x for x in dense if (x[0]["b"], x[0]["s"]) == (row["b"], row["s"])]
+        alike = [x for x in dense if 0.8 < x[1] / blocks < 1.25 and x not in as_long]
+        against = [f"{rate / other:.2f}x that of {x['b']} x {x['s']} ({n:.1f})" for x, n, other in as_long + alike]
+        if against:
+            parts.append(f"{problem(row)[-1]} ({blocks:.1f} a tile) {', '.join(against)}")
+    return (
+        f"The rate on the blocks of 128 x 128 that a mask leaves, beside causal rows: {'; '.join(parts)}."
+        if parts
+        else ""
+    )
 
 
 def of_matmul(result, mode) -> str:
