@@ -7,7 +7,7 @@ namespace flashjax::sm90 {
 
 struct PassArgs {
   const unsigned short *out, *dout;  // [b, s, h, e]
-  const float *lse, *dlse;           // [b, h, s]
+  const float *lse, *dlse;           // [b, h, s]; dlse null: 0
   float *lse2, *delta;               // [b * h, rows]
 };
 
@@ -35,55 +35,75 @@ static __global__ void __launch_bounds__(256)
     rows = min(kBlock, k.rows - r0);
   }
   const long long bh = (long long)x.b * p.h + h;
+  // A row a turn. What several turns read is asked for at once: one after the other, the waits for
+  // the memory take longer than the bytes.
+  constexpr int kTurns = kBlock / kRows, kBatch = kTurns % 4 ? kTurns : 4;
+  const int own = threadIdx.x / kLanes, s0 = x.begin + x.first + own;
+  const int step = kRows * p.h * p.e / 8;  // from turn to turn, in pieces of 8 values
+  const long long piece = (((long long)x.b * p.s + s0) * p.h + h) * p.e / 8 + lane;
+  const uint4 *out = (const uint4*)a.out + piece, *dout = (const uint4*)a.dout + piece;
+#pragma unroll 1
+  for (int q0 = 0; q0 < kTurns; q0 += kBatch, out += kBatch * step, dout += kBatch * step) {
+    float l[kBatch], dl[kBatch];
+    uint4 o[kBatch], y[kBatch];
 #pragma unroll
-  for (int q = 0; q < kBlock / kRows; q++) {
-    const int r = q * kRows + threadIdx.x / kLanes, s = x.begin + x.first + r;
-    const bool some = x.first + r >= 0 && x.first + r < x.length;
-    const float l = some ? a.lse[bh * p.s + s] : -infinity();
-    float sum = 0.f;
-    if (l != -infinity() && lane * 8 < p.e) {
-      const long long at = (((long long)x.b * p.s + s) * p.h + h) * p.e + lane * 8;
-      const uint4 o = *(const uint4*)(a.out + at), y = *(const uint4*)(a.dout + at);
-      auto add = [&](u32 x, u32 y) {
-        sum += low<F16>(x) * low<F16>(y) + high<F16>(x) * high<F16>(y);
-      };
-      add(o.x, y.x), add(o.y, y.y), add(o.z, y.z), add(o.w, y.w);
+    for (int i = 0; i < kBatch; i++) {
+      const int r = (q0 + i) * kRows, s = x.first + own + r;
+      const bool some = s >= 0 && s < x.length;
+      const long long at = bh * p.s + s0 + r;
+      l[i] = some ? a.lse[at] : -infinity(), dl[i] = some && a.dlse ? a.dlse[at] : 0.f;
+      o[i] = y[i] = make_uint4(0, 0, 0, 0);
+      if (some && lane * 8 < p.e) o[i] = out[i * step], y[i] = dout[i * step];
     }
 #pragma unroll
-    for (int i = kLanes / 2; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (lane == 0 && r < rows) {
-      a.lse2[x.padded + r] = l == -infinity() ? infinity() : l * kLog2E;
-      a.delta[x.padded + r] = l == -infinity() ? 0.f : sum - a.dlse[bh * p.s + s];
+    for (int i = 0; i < kBatch; i++) {
+      const int r = (q0 + i) * kRows + own;
+      auto product = [&](u32 x, u32 y) {
+        return low<F16>(x) * low<F16>(y) + high<F16>(x) * high<F16>(y);
+      };
+      float sum = product(o[i].x, y[i].x) + product(o[i].y, y[i].y) + product(o[i].z, y[i].z) +
+                  product(o[i].w, y[i].w);
+#pragma unroll
+      for (int j = kLanes / 2; j; j /= 2) sum += __shfl_xor_sync(~0u, sum, j);
+      if (lane == 0 && r < rows) {
+        a.lse2[x.padded + r] = l[i] == -infinity() ? infinity() : l[i] * kLog2E;
+        a.delta[x.padded + r] = l[i] == -infinity() ? 0.f : sum - dl[i];
+      }
     }
   }
-  const int first = threadIdx.x & ~31;
   const int row = (int)(x.padded - (K::kSpan ? bh - x.b : bh) * k.rows), m = row / M;  // the tile
   const bool begins = K::kSpan ? blockIdx.z == 0 : row == m * M;  // offsets that fall move it
-  int visits = x.none ? 0 : 1;
-  if constexpr (K::kCounts) {
-    visits = 0;
-    if constexpr (K::kSpan) {
-      // From the sequence's first tile on.
-      for (int n = (row - x.first) / M + (threadIdx.x & 31); n <= m && rows > 0; n += 32)
-        visits += k.changes[n];
-      visits = __reduce_add_sync(~0u, visits);
-    } else {
-      for (int n = threadIdx.x & 31; n - (int)(threadIdx.x & 31) < k.nblocks; n += 32) {
-        const Blocks y = queries_of<K>(k, min(n, k.nblocks - 1));
-        visits += __popc(__ballot_sync(~0u, n < k.nblocks && m >= y.begin && m < y.end));
-      }
-      if (row == 0 && bh == 0) {
-        if (threadIdx.x == 0) *k.ticket = 0;
-        for (int n = threadIdx.x; n < 2 * k.cut.ranges; n += 256) k.there[n] = 0;
+  __shared__ int visited;
+  if (threadIdx.x < 32) {
+    int visits = x.none ? 0 : 1;
+    if constexpr (K::kCounts) {
+      visits = 0;
+      if constexpr (K::kSpan) {
+        // From the sequence's first tile on.
+        for (int n = (row - x.first) / M + threadIdx.x; n <= m && rows > 0; n += 32)
+          visits += k.changes[n];
+        visits = __reduce_add_sync(~0u, visits);
+      } else {
+        for (int n = threadIdx.x; n - (int)threadIdx.x < k.nblocks; n += 32) {
+          const Blocks y = queries_of<K>(k, min(n, k.nblocks - 1));
+          visits += __popc(__ballot_sync(~0u, n < k.nblocks && m >= y.begin && m < y.end));
+        }
       }
     }
-  } else {
+    if (threadIdx.x == 0) visited = visits;
+    if (threadIdx.x == 0 && begins && rows > 0) k.visits[x.template visits<M>()] = {0, visits};
+  }
+  __syncthreads();
+  if (K::kCounts && !K::kSpan && row == 0 && bh == 0) {
+    if (threadIdx.x == 0) *k.ticket = 0;
+    for (int n = threadIdx.x; n < 2 * k.cut.ranges; n += 256) k.there[n] = 0;
+  }
+  if constexpr (!K::kCounts) {
     float4* acc = (float4*)(k.acc + x.padded * D);
     for (int i = threadIdx.x; i < rows * D / 4; i += 256) acc[i] = make_float4(0, 0, 0, 0);
   }
-  if (threadIdx.x == 0 && begins && rows > 0) k.visits[x.template visits<M>()] = {0, visits};
-  if (visits == 0)
-    for (int s = max(x.first, 0) + first / 32; s < min(x.first + kBlock, x.length); s += 8)
+  if (visited == 0)
+    for (int s = max(x.first, 0) + threadIdx.x / 32; s < min(x.first + kBlock, x.length); s += 8)
       for (int i = (threadIdx.x & 31) * 8; i < k.d; i += 256)
         *(uint4*)(k.dq + (((long long)x.b * p.s + x.begin + s) * p.h + h) * k.d + i) =
             make_uint4(0, 0, 0, 0);
