@@ -45,13 +45,13 @@ def function(case: Case, inputs: Inputs, implementation: str | None, **options):
 
 
 def differentiated(case: Case, inputs: Inputs, implementation: str | None, **options):
-    """A jitted f(arrays, (dout, dlse)) -> ((out, lse), gradients by name)."""
+    """A jitted f(arrays, (dout, dlse)) -> ((out, lse), gradients by name); or (dout,) -> ((out,), ...)."""
     call = _public(case, inputs, implementation, **options)
 
     def run(arrays, cotangents):
         wanted = {name: arrays[name] for name in DIFFERENTIABLE if name in arrays}
         rest = {name: x for name, x in arrays.items() if name not in wanted}
-        results, vjp = jax.vjp(lambda wanted: call(wanted | rest), wanted)
+        results, vjp = jax.vjp(lambda wanted: call(wanted | rest)[: len(cotangents)], wanted)
         return results, vjp(cotangents)[0]
 
     return jax.jit(run, compiler_options=_compiler_options(implementation))

@@ -62,6 +62,38 @@ def test_deterministic_is_the_same_function(case, implementation):
     oracle.check(case, inputs, cotangents=dout_dlse, grads=grads)
 
 
+OF_OUT = (*SOME, "sinks", "packed-sinks")
+
+
+@pytest.mark.parametrize("case", TRAINED if ON_GPU else [pytest.param(BY_ID[name], id=name) for name in OF_OUT])
+def test_loss_of_out_alone(case, implementation):
+    """Of a loss that does not read lse the gradients are those of dlse = 0, to the bit, and nobody makes the zeros."""
+    inputs = case.build()
+    arrays = to_device(inputs.arrays)
+    lse = oracle.run(case, inputs).lse
+    dout, _ = cotangents(case, inputs, lse)
+    call = differentiated(case, inputs, implementation, deterministic=True)
+    with expect_decline(case, implementation):
+        _, grads = call(arrays, (dout,))
+    if implementation in case.declined_by:
+        return
+    zeros = np.zeros(lse.shape, np.float32)
+    for name, grad in call(arrays, (dout, zeros))[1].items():
+        oracle.same_bits(grads[name], grad, f"gradient of {name}")
+    if case.id in SOME:  # those of others may come from a slope's gradient, or a seed
+        traced = _equations(call.trace(arrays, (dout,)).jaxpr.jaxpr)
+        made = [x.outvars[0].aval.shape for x in traced if x.primitive.name == "broadcast_in_dim"]
+        assert not [shape for shape in made if shape[-3:] == lse.shape]
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in equation.params.values():
+            if hasattr(inner, "jaxpr"):
+                yield from _equations(inner.jaxpr)
+
+
 MANY_BLOCKS = {  # more blocks than a GPU has multiprocessors, whose turns to add to dq differ
     "full": {"d": 64, "b": 4},
     "ragged-f16": {"d": 256, "s": 1990, "t": 2021, "dtype": "float16"},

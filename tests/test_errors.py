@@ -443,7 +443,7 @@ def test_handlers_survive_wrong_calls(tmp_path):
 
     scalars = dict(scale=np.float32(1), softcap=np.float32(0), window_left=np.int64(-1), window_right=np.int64(-1),
         top_left=False, max_seqlen_q=np.int64(-1), max_seqlen_k=np.int64(-1), deterministic=False,
-        num_splits=np.int64(0), yields=False, part=False, dropout_keep=np.int64(256),
+        num_splits=np.int64(0), yields=False, part=False, out_only=False, dropout_keep=np.int64(256),
         shared_e=np.int64(0), upstream=False)
     q, k = jnp.ones((2, 3, 4, 8)), jnp.ones((2, 5, 2, 8))
     good = {"q": q, "k": k, "v": k}

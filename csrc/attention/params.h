@@ -67,7 +67,7 @@ struct BwdParams : Problem {
   const void* out = nullptr;    // [b, s, h, e]
   const float* lse = nullptr;   // [b, h, s]
   const void* dout = nullptr;   // [b, s, h, e]
-  const float* dlse = nullptr;  // [b, h, s]
+  const float* dlse = nullptr;  // [b, h, s]; null: 0
   void* dq = nullptr;           // [b, s, h, d]
   void* dk = nullptr;           // [c, t, g, d]
   void* dv = nullptr;           // [c, t, g, e]

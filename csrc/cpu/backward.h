@@ -100,7 +100,7 @@ struct Backward {
         for (float y : lanes) sum += y;
         for (; i < p.e; ++i) sum += out[i] * dout[i];
         lse[m] = p.lse[index] * kLog2e;
-        delta[m] = sum - p.dlse[index];
+        delta[m] = sum - (p.dlse ? p.dlse[index] : 0);
         if (weights) {
           const int64_t* stride = p.sinks_shape.stride;
           float sink = p.sinks[tile.task.b * stride[0] + tile.head(m) * stride[1]];

@@ -278,7 +278,8 @@ inline ffi::Error decode_bwd(const ffi::RemainingArgs& args, const ffi::Remainin
   for (Slot i : {k_v, k_out, k_lse, k_dout, k_dlse})
     if (!call.slot[i]) return InvalidArgument(std::string("`") + kSlots[i].name + "` is missing");
   p.out = call.slot[k_out]->untyped_data(), p.dout = call.slot[k_dout]->untyped_data();
-  p.lse = call.slot[k_lse]->typed_data<float>(), p.dlse = call.slot[k_dlse]->typed_data<float>();
+  p.lse = call.slot[k_lse]->typed_data<float>(),
+  p.dlse = p.out_only ? nullptr : call.slot[k_dlse]->typed_data<float>();
   Results results(rets);
   auto type = call.slot[k_q]->element_type();
   FLASHJAX_RETURN_IF_ERROR(results.next("dq", type, elements(*call.slot[k_q]), p.dq));

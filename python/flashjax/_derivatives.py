@@ -4,6 +4,7 @@ flashjax_attention computes out and lse. Its derivative is flashjax_tangent, lin
 reference; the transpose of that is flashjax_backward, which has kernels. Those two have the reference's derivatives.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -115,16 +116,19 @@ def _tangent_transpose(call: Call, cotangents, *operands):
     if all(type(ct) is ad.Zero for ct in cotangents):
         gradients = {name: ad.Zero(x.aval.to_ct_aval()) for name, x in zip(call.wanted, tangents, strict=True)}
     else:
-        cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
         gradients = {}
         compiled = tuple(name for name in call.wanted if name in COMPILED_GRADIENTS)
         if compiled:
             rule = _gathered_gradients if call.is_indirect else _kernel_gradients
-            gradients |= rule(call, compiled, primals, out, lse, cotangents)
+            dout, dlse = cotangents
+            only = type(dlse) is ad.Zero
+            of_out = dataclasses.replace(call, attrs=dataclasses.replace(call.attrs, out_only=only))
+            gradients |= rule(of_out, compiled, primals, out, lse, [ad.instantiate_zeros(dout), lse if only else dlse])
         rest = tuple(name for name in call.wanted if name not in compiled)
         if rest:
             forward = _reference_of(Call(FORWARD, call.names, call.attrs))
             function, values = _in_slots(call, rest, primals, lambda xs: forward(*xs))
+            cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
             gradients |= dict(zip(rest, jax.vjp(function, *values)[1](cotangents), strict=True))
     return [None] * (n + 2) + [gradients[name] for name in call.wanted]
 

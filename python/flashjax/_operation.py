@@ -19,7 +19,8 @@ class Call:
 
     forward: the slots `names` -> out, lse.
     tangent: `names`, out, lse, and tangents of the slots `wanted` -> tangents of out and lse.
-    backward: `names`, out, lse, dout, dlse -> gradients of q, k, v, and float32 ones of the slots `wanted`.
+    backward: `names`, out, lse, dout, dlse -> gradients of q, k, v, and float32 ones of the slots `wanted`. With
+    `attrs.out_only` lse stands for dlse, which is 0: nobody makes zeros.
 
     Every operand may have leading axes, which vmap adds: as many for all, each of one size or 1 (see _batching.py).
     """
@@ -78,6 +79,7 @@ class Call:
             return _ffi.forward(arrays, self.attrs, implementation)
         if self.direction == BACKWARD:
             out, lse, dout, dlse = operands[n:]
+            dlse = jnp.zeros_like(dlse) if self.attrs.out_only and implementation == "reference" else dlse
             if implementation != "reference":
                 arrays |= {"out": out, "lse": lse, "dout": dout, "dlse": dlse}
                 return _ffi.backward(arrays, self.attrs, self.wanted, implementation, self.in_parts)

@@ -401,7 +401,8 @@ class _Parts:
 
     def _sinks_gradient(self):
         x = {name: self.arrays[name].astype(jnp.float32) for name in ("out", "lse", "dout", "dlse", "sinks")}
-        delta = jnp.moveaxis(jnp.sum(x["out"] * x["dout"], axis=-1), 1, 2) - x["dlse"]
+        delta = jnp.moveaxis(jnp.sum(x["out"] * x["dout"], axis=-1), 1, 2)
+        delta = delta if self.call.attrs.out_only else delta - x["dlse"]
         weight = jnp.where(x["lse"] > -jnp.inf, jnp.exp(x["sinks"][:, :, None] - x["lse"]), 0)
         gradient = -jnp.sum(jnp.where(weight > 0, weight * delta, 0), axis=2)
         return gradient if x["sinks"].shape[0] > 1 else jnp.sum(gradient, axis=0, keepdims=True)

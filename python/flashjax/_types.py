@@ -38,6 +38,7 @@ class Attrs:
     num_splits: int = 0
     yields: bool = False  # transfers want to start beside the kernel, so it shall not keep all of a device to itself
     part: bool = False  # of keys: out and lse, which a backward is given, are of more of them
+    out_only: bool = False  # of the results only out has a cotangent: what lies in `dlse` is not read
     dropout_keep: int = 256  # 256ths of the weights that are kept, where there is a dropout_seed
     shared_e: int = 0  # v is the first so many columns of k, which may stand for it; 0: an array of its own
     upstream: bool = False  # only by FlashAttention-2's kernels

@@ -120,7 +120,7 @@ static __global__ void __launch_bounds__(kThreads)
         for (int64_t x = lane; x < p.e; x += 32) sum += to_float(dout[x]) * to_float(out[x]);
 #pragma unroll
         for (int x = 16; x; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
-        total += expf(sink - lse) * (p.dlse[at] - sum);
+        total += expf(sink - lse) * ((p.dlse ? p.dlse[at] : 0.f) - sum);
       }
     }
   if (lane == 0) partial[warp] = total;

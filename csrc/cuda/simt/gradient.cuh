@@ -32,7 +32,7 @@ struct Statistics {
       if (lane == 0) {
         live_row[r] = l == -INFINITY ? -1 : row;
         lse[r] = l;
-        delta[r] = l == -INFINITY ? 0.f : sum - p.dlse[at];
+        delta[r] = l == -INFINITY ? 0.f : sum - (p.dlse ? p.dlse[at] : 0.f);
       }
     }
   }

@@ -8,7 +8,7 @@
 namespace flashjax::sm90 {
 
 struct LoneArgs : BackwardArgs {
-  const float *lse, *dlse;  // [b, h, s]
+  const float *lse, *dlse;  // [b, h, s]; dlse null: 0
   TMap dq_map;              // by boxes of 64 rows
 };
 
@@ -181,7 +181,7 @@ struct LoneBackward {
       for (int i = 0; i < kRows; i++) {
         const int r = at.m * M + 32 * i + lane;
         lse[i] = r < q_len ? a.lse[row + r] : -infinity();
-        dlse[i] = r < q_len ? a.dlse[row + r] : 0.f;
+        dlse[i] = r < q_len && a.dlse ? a.dlse[row + r] : 0.f;
       }
       mb_wait(x.q_full + 8 * s, it / kStages & 1);
       mb_wait(x.o_raw + 8 * s, it / kStages & 1);

@@ -38,7 +38,7 @@ static __global__ void __launch_bounds__(256) statistics(const __grid_constant__
         sum += static_cast<float>(out[j]) * static_cast<float>(dout[j]);
 #pragma unroll
       for (int x = 16; x; x /= 2) sum += __shfl_xor_sync(~0u, sum, x);
-      sum = (sum - a.dlse[stat + i]) * a.p_dropout;
+      sum = (sum - (a.dlse ? a.dlse[stat + i] : 0.f)) * a.p_dropout;
     }
     if (lane == 0) sums[i] = sum;
   }
